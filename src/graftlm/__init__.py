@@ -1,0 +1,1 @@
+"""Better language models out of the parameters they already have."""

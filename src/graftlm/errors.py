@@ -1,0 +1,8 @@
+"""The one exception a person is meant to read."""
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line: what is wrong, where (file, key, line), what to do.
+
+    The CLI prints it without a traceback (unless --debug) and exits with 2.
+    """

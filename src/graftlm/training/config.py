@@ -1,0 +1,170 @@
+"""What a training run is: one dataclass, in the words of TrainingArguments and TRL; ours live under `apex:`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from graftlm.apex_config import ApexConfig
+from graftlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of training or evaluation data (an entry of data: or eval_data:)."""
+
+    path: str
+    """A file (.txt, .md, .jsonl, .json, .parquet, with .gz or .zst), a folder of such or of source files, or
+    hub:OWNER/NAME."""
+    weight: float = 1.0
+    """Share of the mixture, in proportion to the other sources' weights; 0 < weight. Only matters with several
+    sources."""
+    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = "auto"
+    """How a row is read. `auto` looks at the first row's columns."""
+    text_field: str = "text"
+    """Column that holds the text (format text)."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    name: str | None = None
+    """Configuration (subset) of a Hub dataset."""
+    pattern: str = "**/*"
+    """Which files of a folder are read (glob)."""
+    limit: int | None = None
+    """Read at most this many rows (documents); None reads all."""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise UserError(f"data.weight: {self.weight} of {self.path} must be above 0; leave the source out instead")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"data.limit: {self.limit} of {self.path} must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run (`graftlm train CONFIG.yaml`)."""
+
+    model: str
+    """A folder, a Hub id, a .gguf file, or `tiny-llama` (a small random Llama built from its config, for tests and
+    newcomers)."""
+    data: tuple[SourceConfig, ...]
+    """Training data: a path, a list of paths, or a list of sources with weights."""
+    output_dir: str = "runs/train"
+    """The run folder."""
+    method: Literal["apex", "full"] = "apex"
+    """apex, or full: plain training of everything."""
+    control: bool = False
+    """After the run, train the same model plainly on the same tokens, order, schedule and seed, and report both."""
+    apex: ApexConfig = field(default_factory=ApexConfig)
+    """Settings of APEX."""
+
+    eval_data: tuple[SourceConfig, ...] = ()
+    """Held-out data; empty holds back eval_fraction of the training documents."""
+    eval_fraction: float = 0.02
+    """Share of the training documents held back when eval_data is empty; 0 evaluates nothing."""
+    eval_max_blocks: int = 64
+    """At most this many sequences are evaluated each time."""
+
+    task: Literal["auto", "cpt", "sft"] = "auto"
+    """cpt trains on every token of text; sft on the assistant's tokens of conversations. auto: by the data's format."""
+    max_length: int = 1024
+    """Tokens a sequence (block)."""
+    packing: bool = True
+    """cpt: fill blocks with consecutive documents. sft: several conversations a block, kept apart by position_ids.
+    False pads."""
+    document_boundaries: bool = False
+    """cpt with packing: keep documents of one block apart too (attention does not cross them). sft always does."""
+    assistant_only_loss: bool = True
+    """sft: only the assistant's tokens count in the loss. False: every token does."""
+    truncation: Literal["truncate", "drop"] = "truncate"
+    """sft: what happens to conversations longer than max_length. The share is printed."""
+    chat_template: str | None = None
+    """A Jinja file, or a known template's name (chatml), for models without one."""
+    streaming: bool = False
+    """Tokenise while training and keep no cache: for data that is read once or never ends (needs max_steps)."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept; None: ~/.cache/graftlm (or $GRAFTLM_CACHE)."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+    lr_scheduler_type: str = "cosine"
+    """Any of transformers' schedules: linear, cosine, constant, constant_with_warmup, cosine_with_min_lr,
+    warmup_stable_decay ..."""
+    lr_scheduler_kwargs: dict[str, float] | None = None
+    """Extra arguments of the schedule, e.g. {min_lr_rate: 0.1}."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate climbs from 0."""
+    per_device_train_batch_size: int = 8
+    """Sequences a device and forward pass."""
+    per_device_eval_batch_size: int = 8
+    """Sequences a device and evaluation pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes an optimizer step."""
+    num_train_epochs: float = 1.0
+    """Passes over the data, unless max_steps is given."""
+    max_steps: int = -1
+    """Optimizer steps; -1: by epochs."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay; never on operators, norms or biases."""
+    adam_beta1: float = 0.9
+    """AdamW's first beta."""
+    adam_beta2: float = 0.95
+    """AdamW's second beta."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0: not."""
+    optim: str = "adamw_torch"
+    """Any of transformers' optimizers."""
+    bf16: bool = False
+    """bfloat16 autocast; weights and optimizer stay float32."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the weights are held in."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    torch_compile: bool = False
+    """Compile the model with torch.compile."""
+    attn_implementation: str | None = None
+    """sdpa, eager, flash_attention_2 ...; None lets transformers choose."""
+    trust_remote_code: bool = False
+    """Run code that comes with a Hub model. Off unless asked for."""
+
+    logging_steps: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_steps: int = 0
+    """Steps between evaluations; 0: at the start, at stage boundaries and at the end only."""
+    save_steps: int = 0
+    """Steps between checkpoints; 0: at stage boundaries only."""
+    save_total_limit: int = 2
+    """How many checkpoints are kept."""
+    report_to: tuple[str, ...] = ()
+    """tensorboard, trackio, wandb; metrics.jsonl is written anyway."""
+    seed: int = 0
+    """Seed of data order and everything drawn at random."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UserError("data: no source given; name a file, a folder, or hub:OWNER/NAME")
+        positive = (
+            "max_length",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "save_total_limit",
+            "eval_max_blocks",
+            "learning_rate",
+            "num_train_epochs",
+        )
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}: {getattr(self, name)} must be above 0")
+        for name in ("warmup_ratio", "eval_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} must be in [0, 1)")
+        for name in ("weight_decay", "max_grad_norm", "eval_steps", "save_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: {getattr(self, name)} must not be negative")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"max_steps: {self.max_steps} must be above 0, or -1 to train by epochs")
+        if self.streaming and self.max_steps < 0:
+            raise UserError("max_steps: streaming data has no known length; set max_steps")
+        if self.streaming and self.apex.stage_by == "epochs" and self.method == "apex":
+            raise UserError("apex.stage_by: streaming data has no epochs; use steps or tokens")
