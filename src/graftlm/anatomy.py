@@ -1,0 +1,269 @@
+"""Where heads and channels live in a model: the only file that knows a model family's names.
+
+Shapes: d = hidden size, H = query heads, G = key-value groups, D = head_dim, F = FFN width. nn.Linear stores [out, in].
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from graftlm.errors import UserError
+
+Kind = Literal["heads", "channels"]
+KINDS: tuple[Kind, ...] = ("heads", "channels")
+
+
+@dataclass(frozen=True)
+class AttentionNames:
+    """Paths inside a decoder layer. A fused projection lists its parts in the order of its rows."""
+
+    queries: str
+    keys: str
+    values: str
+    output: str
+
+
+@dataclass(frozen=True)
+class FeedForwardNames:
+    """Paths inside a decoder layer; `gate` and `up` may be the same module (rows of gate first)."""
+
+    gate: str
+    up: str
+    down: str
+    activation: str
+
+
+SPLIT_ATTENTION = AttentionNames("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+FUSED_ATTENTION = AttentionNames("self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.o_proj")
+SPLIT_FEED_FORWARD = FeedForwardNames("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn")
+FUSED_FEED_FORWARD = FeedForwardNames("mlp.gate_up_proj", "mlp.gate_up_proj", "mlp.down_proj", "mlp.activation_fn")
+
+# model_type -> names. Families in the first line share Llama's layout; Qwen2 adds biases, Qwen3 and OLMo2 norms on
+# queries and keys, Gemma another activation: none of these changes where heads and channels live.
+SPLIT = (SPLIT_ATTENTION, SPLIT_FEED_FORWARD)
+FAMILIES: dict[str, tuple[AttentionNames, FeedForwardNames]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3"), SPLIT),
+    "phi3": (FUSED_ATTENTION, FUSED_FEED_FORWARD),
+}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The part of one nn.Linear that belongs to a block's components.
+
+    Component c, slot r, dimension e lies at index `offset + (c * slots + r) * width + e` of dimension `dim`
+    (0: rows, i.e. outputs; 1: columns, i.e. inputs). Slots are the query heads of a key-value group (1 elsewhere).
+    """
+
+    module: str
+    role: Literal["q", "k", "v", "o", "gate", "up", "down"]
+    dim: int
+    slots: int
+    width: int
+    offset: int = 0
+
+    def index(self, components: Tensor) -> Tensor:
+        """Positions of `components` [n] along `dim`: int64 [slots, n * width]."""
+        device = components.device
+        slot = torch.arange(self.slots, device=device)[:, None, None]
+        within = torch.arange(self.width, device=device)
+        # [slots, n, width]
+        return (self.offset + (components[:, None] * self.slots + slot) * self.width + within).flatten(1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One module whose components are ranked: the heads of a layer's attention, or the channels of its FFN.
+
+    `components` counts what P and N are made of (key-value groups, channels); `ranked` what is ranked (query heads,
+    channels): `ranked = components * slots`. `mixed` are the matrices that expansion changes, `followers` those that
+    belong to the same components but are not mixed (queries and keys).
+    """
+
+    kind: Kind
+    layer: int
+    components: int
+    ranked: int
+    width: int
+    mixed: tuple[Matrix, ...]
+    followers: tuple[Matrix, ...]
+    probe: str
+    """Module at which activations are seen: the input of the output projection, or the output of the activation."""
+    gate: str | None = None
+    """Channels: the module that computes the gate, used when the activation module is never called."""
+    gate_offset: int = 0
+    """First row of the gate in that module."""
+
+    @property
+    def name(self) -> str:
+        return f"layer{self.layer}_{self.kind}"
+
+    @property
+    def slots(self) -> int:
+        """Ranked units per component."""
+        return self.ranked // self.components
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All blocks of a model that can be expanded, and a word on what cannot."""
+
+    blocks: tuple[Block, ...]
+    layers: int
+    notes: tuple[str, ...]
+
+    def of_kind(self, kind: Kind) -> Iterator[Block]:
+        return (block for block in self.blocks if block.kind == kind)
+
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(kind for kind in KINDS if any(block.kind == kind for block in self.blocks))
+
+
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    """The nn.Linear called `name` (KeyError-free: looked up by path each time, since wrappers replace parameters)."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise UserError(
+            f"{name} is a {type(module).__name__}, not nn.Linear; expansion needs unquantised linear layers"
+        )
+    return module
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(layer.get_submodule(path), nn.Linear)
+    except AttributeError:
+        return False
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder layers: the longest ModuleList of the model's text decoder."""
+    decoder: Any = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    found = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and "." not in name]
+    if not found:
+        raise UserError(f"{type(model).__name__} has no list of decoder layers; only decoder-only language models fit")
+    name, layers = max(found, key=lambda item: len(item[1]))
+    prefix = next(n for n, m in model.named_modules() if m is decoder)
+    return f"{prefix}.{name}" if prefix else name, layers
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _attention_block(model: nn.Module, layer: int, prefix: str, names: AttentionNames) -> Block | str:
+    """The heads of one layer, or a word on why they cannot be expanded."""
+    config = _text_config(model)
+    query_heads = config.num_attention_heads
+    output = linear(model, f"{prefix}.{names.output}")
+    head_dim = getattr(config, "head_dim", None) or output.in_features // query_heads
+    query_heads = output.in_features // head_dim  # a pruned layer has fewer than the config says
+    values = linear(model, f"{prefix}.{names.values}")
+    if names.values == names.queries:  # fused: rows of q, then k, then v
+        groups = (values.out_features // head_dim - query_heads) // 2
+        key_offset, value_offset = query_heads * head_dim, (query_heads + groups) * head_dim
+    else:
+        groups, key_offset, value_offset = values.out_features // head_dim, 0, 0
+    if groups < 2:
+        return "heads: one key-value head, so there is no P and N to choose (only the FFN is expanded)"
+    slots = query_heads // groups
+    return Block(
+        kind="heads",
+        layer=layer,
+        components=groups,
+        ranked=query_heads,
+        width=head_dim,
+        mixed=(
+            Matrix(f"{prefix}.{names.values}", "v", 0, 1, head_dim, value_offset),
+            Matrix(f"{prefix}.{names.output}", "o", 1, slots, head_dim),
+        ),
+        followers=(
+            Matrix(f"{prefix}.{names.queries}", "q", 0, slots, head_dim),
+            Matrix(f"{prefix}.{names.keys}", "k", 0, 1, head_dim, key_offset),
+        ),
+        probe=f"{prefix}.{names.output}",
+    )
+
+
+def _feed_forward_block(model: nn.Module, layer: int, prefix: str, names: FeedForwardNames) -> Block:
+    channels = linear(model, f"{prefix}.{names.down}").in_features
+    fused = names.gate == names.up
+    return Block(
+        kind="channels",
+        layer=layer,
+        components=channels,
+        ranked=channels,
+        width=1,
+        mixed=(
+            Matrix(f"{prefix}.{names.up}", "up", 0, 1, 1, channels if fused else 0),
+            Matrix(f"{prefix}.{names.gate}", "gate", 0, 1, 1),
+            Matrix(f"{prefix}.{names.down}", "down", 1, 1, 1),
+        ),
+        followers=(),
+        probe=f"{prefix}.{names.activation}",
+        gate=f"{prefix}.{names.gate}",
+    )
+
+
+def _why_no_feed_forward(layer: nn.Module) -> str:
+    if any("expert" in name for name, _ in layer.named_modules()):
+        return "channels: a mixture of experts has no single set of channels to rank (only heads are expanded)"
+    return "channels: the FFN has no gate (up, gate and down projections) that this method ranks by"
+
+
+def _layout(
+    model: nn.Module, layers: nn.ModuleList
+) -> tuple[AttentionNames | None, FeedForwardNames | None, list[str]]:
+    model_type = getattr(_text_config(model), "model_type", "")
+    if model_type in FAMILIES:
+        return *FAMILIES[model_type], []
+    first = layers[0]
+    attention = next(
+        (n for n in (SPLIT_ATTENTION, FUSED_ATTENTION) if _has(first, n.values) and _has(first, n.output)), None
+    )
+    feed_forward = next(
+        (n for n in (SPLIT_FEED_FORWARD, FUSED_FEED_FORWARD) if _has(first, n.gate) and _has(first, n.down)), None
+    )
+    return (
+        attention,
+        feed_forward,
+        [
+            f"{model_type or type(model).__name__} is not in the table of families; "
+            "its layers were recognised by their names, and no test covers it"
+        ],
+    )
+
+
+def read_anatomy(model: nn.Module) -> Anatomy:
+    """Find every block of `model` that can be expanded.
+
+    Raises UserError when nothing can; `notes` says what cannot, once for each reason.
+    """
+    path, layers = decoder_layers(model)
+    attention, feed_forward, notes = _layout(model, layers)
+    blocks: list[Block] = []
+    for i, layer in enumerate(layers):
+        prefix = f"{path}.{i}"
+        if attention is not None and _has(layer, attention.values) and _has(layer, attention.output):
+            block = _attention_block(model, i, prefix, attention)
+            if isinstance(block, Block):
+                blocks.append(block)
+            else:
+                notes.append(block)
+        else:
+            notes.append("heads: no value and output projections of a known name")
+        if feed_forward is not None and _has(layer, feed_forward.gate) and _has(layer, feed_forward.down):
+            blocks.append(_feed_forward_block(model, i, prefix, feed_forward))
+        else:
+            notes.append(_why_no_feed_forward(layer))
+    notes = list(dict.fromkeys(notes))
+    if not blocks:
+        raise UserError(f"{type(model).__name__} cannot be expanded: {'; '.join(notes)}")
+    return Anatomy(tuple(blocks), len(layers), tuple(notes))

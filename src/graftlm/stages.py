@@ -1,0 +1,53 @@
+"""When a stage ends: by optimizer steps, epochs or tokens (section 3.3)."""
+
+from typing import Any
+
+from graftlm.apex_config import ApexConfig
+from graftlm.errors import UserError
+
+
+class StageClock:
+    """Counts steps and says when the next stage is due. The last stage lasts until the run ends."""
+
+    def __init__(self, config: ApexConfig, *, total_steps: int | None = None, total_epochs: float | None = None):
+        self.config = config
+        self.stage = 0
+        """Stage now running, from 0."""
+        self.step = 0
+        """Optimizer steps taken in the run."""
+        self.started_at = 0
+        """Step at which the stage now running began."""
+        self.length = config.stage_length
+        if self.length is None and config.stages > 1:
+            total = total_steps if config.stage_by == "steps" else total_epochs
+            if total is None:
+                unit = "total_steps" if config.stage_by == "steps" else "total_epochs"
+                raise UserError(
+                    f"apex.stage_length: give it, or {unit}, so that {config.stages} stages can be laid out"
+                )
+            self.length = total / config.stages
+        if config.stage_by == "steps" and self.length is not None and self.length < 1:
+            raise UserError(f"apex.stages: {config.stages} stages do not fit in {total_steps} steps")
+
+    def due(self, *, epoch: float | None, tokens: int) -> bool:
+        """Whether the next stage should begin now, after the step just taken."""
+        if self.length is None or self.stage + 1 >= self.config.stages:
+            return False
+        boundary = (self.stage + 1) * self.length
+        if self.config.stage_by == "tokens":
+            return tokens >= boundary
+        if self.config.stage_by == "epochs":
+            if epoch is None:
+                raise UserError("apex.stage_by: stages by epochs need advance(epoch=...) with the epochs passed so far")
+            return epoch >= boundary - 1e-6  # an epoch's last step may read 0.9999999
+        return self.step >= round(boundary)
+
+    def next_stage(self) -> None:
+        self.stage += 1
+        self.started_at = self.step
+
+    def state(self) -> dict[str, Any]:
+        return {"stage": self.stage, "step": self.step, "started_at": self.started_at}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.stage, self.step, self.started_at = (int(state[k]) for k in ("stage", "step", "started_at"))

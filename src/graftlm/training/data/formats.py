@@ -1,0 +1,187 @@
+"""What a row means: a text, or a conversation as `messages`.
+
+Known layouts: text; messages; prompt_completion (strings or message lists); alpaca (instruction, input, output);
+sharegpt (conversations of from/value). Each becomes one of the two document classes here.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from graftlm.errors import UserError
+from graftlm.training.config import SourceConfig
+from graftlm.training.data.readers import Row
+from graftlm.training.data.statistics import Counts
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+COLUMNS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+}
+"""Columns a format needs, in the order in which `auto` tries them (before text, whose column is text_field)."""
+
+
+@dataclass(frozen=True)
+class TextDocument:
+    """A text, or one piece of a long one."""
+
+    text: str
+    index: int
+    """Number of the document in its source, from 0."""
+    first: bool
+    last: bool
+    where: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with `role` and `content`; at least one from the assistant."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    """JSON schemas handed to the chat template."""
+    index: int
+    """Number of the document in its source, from 0."""
+    where: str
+
+
+def detect_format(row: Row, source: SourceConfig, *, prefer_text: bool = False) -> str:
+    """The format of a source, from its setting or (auto) its first row's columns; a text column wins if prefer_text."""
+    if source.format != "auto":
+        return source.format
+    candidates: dict[str, tuple[str, ...]] = {**COLUMNS, "text": (source.text_field,)}
+    if prefer_text:
+        candidates = {"text": (source.text_field,), **COLUMNS}
+    for name, columns in candidates.items():
+        if all(column in row.fields for column in columns):
+            return name
+    raise UserError(
+        f"{row.where}: no known columns; found {_columns(row)}; needed: {source.text_field} (set text_field), "
+        "messages, conversations, prompt and completion, or instruction and output"
+    )
+
+
+def iterate_documents(
+    rows: Iterator[Row], source: SourceConfig, format_name: str, counts: Counts | None = None
+) -> Iterator[TextDocument] | Iterator[Conversation]:
+    """Rows as documents. Texts of white space only are counted as empty and left out (they keep their number)."""
+    counts = counts if counts is not None else Counts()
+    index = -1
+    for row in rows:
+        index += row.first
+        if format_name == "text":
+            text = _column(row, source.text_field, source)
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{row.where}: column {source.text_field} is {type(text).__name__}, not text; mend the row"
+                )
+            if row.first and row.last and not text.strip():
+                counts.empty += 1
+                continue
+            yield TextDocument(text, index, row.first, row.last, row.where)
+        else:
+            yield _conversation(row, source, format_name, index)
+
+
+def _columns(row: Row) -> str:
+    return ", ".join(map(str, row.fields)) or "none"
+
+
+def _column(row: Row, name: str, source: SourceConfig) -> Any:
+    if name not in row.fields:
+        option = "text_field or format" if name == source.text_field else "format"
+        raise UserError(f"{row.where}: no column {name}; found {_columns(row)}; mend the row, or set {option}")
+    return row.fields[name]
+
+
+def _conversation(row: Row, source: SourceConfig, format_name: str, index: int) -> Conversation:
+    values = [_column(row, name, source) for name in COLUMNS[format_name]]
+    system = row.fields.get("system") if format_name in ("alpaca", "sharegpt") else None
+    messages: Any
+    if format_name == "messages":
+        messages = values[0]
+    elif format_name == "sharegpt":
+        messages = _from_sharegpt(values[0], row.where)
+    elif format_name == "prompt_completion":
+        messages = _as_turns(values[0], "user", row.where) + _as_turns(values[1], "assistant", row.where)
+    else:
+        question = "\n\n".join(part for part in (values[0], row.fields.get("input")) if part)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": values[1]}]
+    if system:
+        messages = [{"role": "system", "content": system}, *messages]
+    return Conversation(_checked(messages, row.where), _tools(row), index, row.where)
+
+
+def _from_sharegpt(turns: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(turns, list):
+        raise UserError(f"{where}: conversations is {type(turns).__name__}, not a list; mend the row")
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        if isinstance(turn, dict) and "role" in turn:
+            messages.append(turn)
+            continue
+        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+            raise UserError(f"{where}: turn {number} needs the keys from and value; mend the row")
+        if turn["from"] not in SHAREGPT_ROLES:
+            raise UserError(
+                f"{where}: turn {number}: unknown role {turn['from']!r}; known are {', '.join(SHAREGPT_ROLES)}"
+            )
+        messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
+    return messages
+
+
+def _as_turns(value: Any, role: str, where: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, list):
+        return value
+    raise UserError(f"{where}: prompt and completion must be text or lists of messages, not {type(value).__name__}")
+
+
+def _tools(row: Row) -> list[dict[str, Any]] | None:
+    tools = row.fields.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{row.where}: column tools is not valid JSON ({error.msg}); mend or remove it") from error
+    return tools or None
+
+
+def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
+    """The messages without the Nones that parquet puts in for missing keys; UserError if they are no conversation."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: no messages; give a list with at least one user and one assistant message")
+    cleaned = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or "role" not in message:
+            raise UserError(f"{where}: message {number} needs the keys role and content; mend the row")
+        if message["role"] not in ROLES:
+            raise UserError(
+                f"{where}: message {number}: unknown role {message['role']!r}; known are {', '.join(ROLES)}"
+            )
+        message = {key: value for key, value in message.items() if value is not None}
+        if "content" not in message and message.get("tool_calls"):
+            message["content"] = ""
+        if not isinstance(message.get("content"), str | list):
+            raise UserError(f"{where}: message {number} has no content; mend or remove the row")
+        cleaned.append(message)
+    if all(message["role"] != "assistant" for message in cleaned):
+        raise UserError(f"{where}: no assistant message, so nothing to learn; mend or remove the row")
+    return cleaned

@@ -1,0 +1,48 @@
+"""Several sources in one stream of blocks, by weight.
+
+Each source is packed on its own and whole blocks are interleaved. So a source's blocks do not depend on what it is mixed
+with: its cache serves every mixture and every set of weights, and no block mixes languages or tasks by accident.
+Weights are shares of TOKENS, not of blocks or documents. An epoch ends when the first source has no block left; from the
+others it takes what their weights allow, a random sample of their blocks (map-style) or their beginning (streaming).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def interleave(
+    streams: Sequence[Iterator[T]], weights: Sequence[float], seed: int, size: Callable[[T], int]
+) -> Iterator[tuple[int, T]]:
+    """Yield (number of the stream, its next element) until one stream has ended; deterministic.
+
+    The next element always comes from the stream that lags most behind its share, so that the realised shares of
+    `size` are within one element of the weights at any point. The seed only sets where the rhythm begins.
+    """
+    behind = np.random.default_rng(seed).random(len(streams))
+    taken = np.zeros(len(streams))
+    wanted = np.asarray(weights, float)
+    while True:
+        source = int(np.argmin((taken - behind) / wanted))
+        try:
+            element = next(streams[source])
+        except StopIteration:
+            return
+        taken[source] += size(element)
+        yield source, element
+
+
+def mixed_index(sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int) -> np.ndarray:
+    """The order of an epoch over several sources, int32 [blocks, 2]: source and block.
+
+    sizes: per source the tokens of its blocks, int [n]. Of each source a seeded permutation is walked.
+    """
+    if len(sizes) == 1:
+        return np.stack([np.zeros(len(sizes[0]), np.int32), np.arange(len(sizes[0]), dtype=np.int32)], axis=1)
+    orders = [np.random.default_rng([seed, source]).permutation(len(size)) for source, size in enumerate(sizes)]
+    walks = [((int(block), int(size[block])) for block in order) for order, size in zip(orders, sizes, strict=True)]
+    picked = [(source, block) for source, (block, _) in interleave(walks, weights, seed, lambda element: element[1])]
+    return np.asarray(picked, np.int32).reshape(-1, 2)

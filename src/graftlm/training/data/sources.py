@@ -1,0 +1,88 @@
+"""From a SourceConfig to its rows: a file, a folder, or a Hub dataset, always in the same order."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from graftlm.errors import UserError
+from graftlm.training.config import SourceConfig
+from graftlm.training.data.readers import ROW_SUFFIXES, Row, is_text, read_file, split_row, suffix
+from graftlm.training.data.statistics import Counts
+
+HUB_PREFIX = "hub:"
+
+
+def iterate_rows(source: SourceConfig, counts: Counts | None = None) -> Iterator[Row]:
+    """Stream the rows of `source`, at most `limit` documents of it; binary files of a folder are counted and skipped.
+
+    A document longer than readers.PIECE_CHARACTERS arrives as several rows (Row.first, Row.last).
+    """
+    counts = counts if counts is not None else Counts()
+    rows = _hub_rows(source) if source.path.startswith(HUB_PREFIX) else _file_rows(source, counts)
+    documents = 0
+    for row in itertools.chain.from_iterable(split_row(row, source.text_field) for row in rows):
+        documents += row.first
+        if source.limit is not None and documents > source.limit:
+            return
+        yield row
+
+
+def list_files(source: SourceConfig) -> list[Path]:
+    """The files of a local source, sorted; hidden ones are left out of folders."""
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"data: {source.path}: no such file or folder; for a Hub dataset write {HUB_PREFIX}OWNER/NAME")
+    try:
+        found = sorted(path.glob(source.pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"data.pattern: {source.pattern!r} of {source.path}: {error}; give a glob such as **/*"
+        ) from error
+    files = [f for f in found if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts)]
+    if not files:
+        raise UserError(f"data: {source.path}: no file matches the pattern {source.pattern!r}; set pattern")
+    return files
+
+
+def source_identity(source: SourceConfig) -> dict[str, Any]:
+    """What a source's content depends on, as JSON: path, size and time of each file; on the Hub name, subset and split.
+
+    A Hub dataset that changes under its name is not noticed.
+    """
+    identity: dict[str, Any] = {"limit": source.limit, "text_field": source.text_field, "format": source.format}
+    if source.path.startswith(HUB_PREFIX):
+        return identity | {"hub": source.path, "name": source.name, "split": source.split}
+    stats = [(file, file.stat()) for file in list_files(source)]
+    return identity | {"files": [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]}
+
+
+def _file_rows(source: SourceConfig, counts: Counts) -> Iterator[Row]:
+    files = list_files(source)
+    single = Path(source.path).expanduser().is_file()
+    # A .json among source files is a settings file, not a table: it holds rows only where all files do.
+    tables = all(suffix(file) in ROW_SUFFIXES for file in files)
+    table_suffixes = ROW_SUFFIXES if tables else tuple(name for name in ROW_SUFFIXES if name != ".json")
+    for file in files:
+        table = suffix(file) in table_suffixes
+        if single or table or is_text(file):
+            yield from read_file(file, source.text_field, table=table)
+        else:
+            counts.skipped_files += 1
+
+
+def _hub_rows(source: SourceConfig) -> Iterator[Row]:
+    import datasets
+
+    repository = source.path.removeprefix(HUB_PREFIX)
+    try:
+        dataset = datasets.load_dataset(repository, source.name, split=source.split, streaming=True)
+        for number, fields in enumerate(dataset, start=1):
+            yield Row(fields, f"{source.path} ({source.split}): row {number}")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"data: {source.path}: cannot be read from the Hub ({reason}); check path, name, split and the connection"
+        ) from error

@@ -1,0 +1,65 @@
+"""What was counted while data was prepared."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Counts:
+    """Counted while one source is read; kept beside its cache."""
+
+    documents: int = 0
+    """Documents read for training, dropped ones included."""
+    held_out_documents: int = 0
+    """Documents kept for evaluation."""
+    empty: int = 0
+    """Documents without text, left out."""
+    skipped_files: int = 0
+    """Binary files of a folder, left out."""
+    truncated_documents: int = 0
+    """Conversations cut at max_length."""
+    truncated_tokens: int = 0
+    """Tokens cut off by that."""
+    dropped: int = 0
+    """Conversations left out: longer than max_length (truncation: drop), or no supervised token left after the cut."""
+
+
+@dataclass(frozen=True)
+class SourceStatistics:
+    """One source's part of an epoch."""
+
+    path: str
+    weight: float
+    """Wanted share of the tokens, as given (not normalised)."""
+    documents: int
+    tokens: int
+    """Tokens of this source in an epoch."""
+    blocks: int
+    """Blocks of this source in an epoch."""
+    share: float
+    """Realised share of the epoch's tokens, 0..1."""
+    passes: float
+    """How often an epoch goes through the source: 1 is all of it, 0.1 a tenth of its blocks."""
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """What one epoch trains on. None: not known, because the data is streamed."""
+
+    documents: int | None
+    """Documents read for training (held-out, empty and dropped ones not counted)."""
+    tokens: int | None
+    blocks: int | None
+    supervised_tokens: int | None
+    """Tokens that count in the loss."""
+    supervised_share: float
+    """Of the tokens, 0..1. Streaming: of the first blocks."""
+    truncated_documents: int
+    truncated_share: float
+    """Of the documents, 0..1. Streaming: of the first blocks."""
+    dropped: int
+    held_out_documents: int
+    evaluation_blocks: int
+    """Blocks evaluated each time."""
+    sources: list[SourceStatistics] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What a person should know: how evaluation data was held back, what was left out, unused parts of sources."""

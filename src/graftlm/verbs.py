@@ -1,0 +1,98 @@
+"""What each verb of the command line does: read its arguments, call one function of the package, print what came back.
+
+Imports sit inside the functions: torch and transformers take seconds, and --help must not wait for them.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from graftlm.errors import UserError
+from graftlm.training.config import RunConfig
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    from graftlm.configuring import load_config
+
+    files = [word for word in args.settings if "=" not in word or Path(word).is_file()]
+    overrides = [word for word in args.settings if word not in files]
+    if len(files) > 1:
+        raise UserError(f"{files[1]!r}: one config file, please ({files[0]} is one); settings are written KEY=VALUE")
+    if not (files or args.model or args.data or overrides):
+        raise UserError(f"{args.verb}: give CONFIG.yaml, or --model M --data D; see graftlm {args.verb} --help")
+    given = {"model": args.model, "data": args.data, "output_dir": args.output_dir}
+    config = load_config(Path(files[0]) if files else None, overrides, **given)
+    args.run_folder = config.output_dir
+    return config
+
+
+def train(args: argparse.Namespace) -> None:
+    if args.dry_run:
+        return plan(args)
+    config = _config(args)
+    from graftlm.training import run
+
+    run.train(config, resume=args.resume)
+
+
+def plan(args: argparse.Namespace) -> None:
+    config = _config(args)
+    from graftlm.training import plan as planning
+
+    planning.plan(config)
+
+
+def data(args: argparse.Namespace) -> None:
+    config = _config(args)
+    from graftlm import models
+    from graftlm.training import data as training_data
+
+    kwargs = {"chat_template": config.chat_template, "trust_remote_code": config.trust_remote_code}
+    training_data.show_data(config, models.load_tokenizer(config.model, **kwargs), count=args.count)
+
+
+def assess(args: argparse.Namespace) -> None:
+    from graftlm import assess as assessment
+
+    kwargs = {"samples": args.samples, "max_length": args.max_length, "mask": args.mask}
+    assessment.assess(args.model, args.data, args.out, compare=args.compare, **kwargs)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from graftlm.evaluation import perplexity
+
+    kwargs = {"limit": args.limit, "max_length": args.max_length, "batch_size": args.batch_size}
+    _print_mapping(perplexity.run_perplexity(args.model, args.perplexity, args.out, **kwargs))
+    print(f"written to {args.out}")
+
+
+def generate(args: argparse.Namespace) -> None:
+    from graftlm import generation
+
+    kwargs = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    generation.generate(args.model, args.prompt, chat=False if args.no_chat else None, **kwargs)  # prints as it comes
+
+
+def report(args: argparse.Namespace) -> None:
+    from graftlm.reporting import report as reports
+
+    print(reports.make_report(args.run_dir))
+
+
+def demo(args: argparse.Namespace) -> None:
+    args.run_folder = args.out
+    from graftlm import demo as demonstration
+
+    demonstration.run_demo(args.out, quick=args.quick)
+
+
+def env(args: argparse.Namespace) -> None:
+    from graftlm import environment
+
+    _print_mapping(environment.describe_environment())
+
+
+def _print_mapping(mapping: dict[str, Any]) -> None:
+    import yaml
+
+    print(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True), end="")
