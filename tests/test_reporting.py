@@ -107,6 +107,8 @@ def half_run(folder, draw, noise, method, gap, finished, layers, heads, channels
         if step % length == 0 and method == "apex":
             story[-1]["eval_loss_before_fusion"] = evaluate(step, "before_fusion", stage)
             story[-1]["eval_loss_after_fusion"] = evaluate(step, "after_fusion", stage)
+        elif step % 20 == 0 and method == "full":
+            evaluate(step, "periodic", stage)
     evaluate(steps, "end", stages - 1)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_activations(folder / "activations.safetensors", draw, layers, heads, channels, ("before", "after"))

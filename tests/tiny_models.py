@@ -25,7 +25,7 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: 
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # .to() would round rotary buffers too
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)

@@ -177,7 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
         "measure a model",
         "Measure a model's perplexity on text, as lm-evaluation-harness does (rolling log-likelihood).",
         "graftlm eval runs/demo/model --perplexity book.txt --limit 10 --out runs/demo/book.json",
-        "graftlm eval OTHER --perplexity ...       compare only numbers from the same file and --max-length",
+        "graftlm eval OTHER --perplexity FILE --out OTHER.json     numbers compare at the same file and --max-length",
     )
     evaluate.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     evaluate.add_argument("--perplexity", required=True, type=Path, metavar="FILE", help="text, jsonl or parquet")

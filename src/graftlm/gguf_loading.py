@@ -4,6 +4,7 @@ Unpacking takes about 20 s for a 100 MB file, most of it in parsing the vocabula
 about one second.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,7 +47,9 @@ def load_gguf_model(file: Path, *, dtype: torch.dtype, attn_implementation: str 
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     folder = _kept_folder(file, str(dtype).removeprefix("torch."))
     if _is_current(folder, file):
-        return open_pretrained(folder, **kwargs)
+        # A kept copy that somebody has damaged, or is just clearing away, is made again.
+        with contextlib.suppress(OSError, SafetensorError):
+            return open_pretrained(folder, **kwargs)
     model, report = open_pretrained(
         file.parent,
         gguf_file=file.name,
@@ -94,7 +98,7 @@ def _stamp(file: Path) -> dict[str, object]:
 def _is_current(folder: Path, file: Path) -> bool:
     try:
         return read_json(folder / STAMP) == _stamp(file)
-    except UserError:
+    except (UserError, OSError):
         return False
 
 

@@ -22,8 +22,9 @@ def _span(matrix: Matrix, components: Tensor) -> Tensor:
 
 
 def effective(raw: Tensor, tie: Tie, piece: Piece, choice: Choice) -> Tensor:
-    """W~ of one matrix (or bias) from raw values, differentiable in both."""
-    matrix = piece.matrix
+    """W~ of one matrix (or bias) from raw values, differentiable in both; computed in float32 at least, rounded once."""
+    matrix, dtype = piece.matrix, raw.dtype
+    raw = raw.to(torch.promote_types(dtype, torch.float32))
     n, p = choice.disadvantageous.cpu(), choice.advantageous.cpu()
     mixer = tie.operator.matrix().to(raw.dtype) if tie.operator is not None else raw.new_zeros(tie.k, tie.k)
     scale_n, scale_p = (None if s is None else s[:, 0].to(raw.dtype) for s in tie.scale_of(piece))
@@ -38,7 +39,7 @@ def effective(raw: Tensor, tie: Tie, piece: Piece, choice: Choice) -> Tensor:
         rows = [view[:, g] for g in range(view.shape[1])]
         for i, group in enumerate(n.tolist()):
             rows[group] = old[:, i] + added[:, i]
-        return torch.stack(rows, 1).flatten(1)
+        return torch.stack(rows, 1).flatten(1).to(dtype)
     span_n, span_p = _span(matrix, n), _span(matrix, p)
     old_n, old_p = raw[span_n], raw[span_p]
     added = mixer @ old_p
@@ -47,7 +48,7 @@ def effective(raw: Tensor, tie: Tie, piece: Piece, choice: Choice) -> Tensor:
     out[span_n] = (old_n if scale_n is None else scale_n.view(shape) * old_n) + added
     if scale_p is not None:
         out[span_p] = scale_p.view(shape) * old_p
-    return out
+    return out.to(dtype)
 
 
 class _Effective(nn.Module):

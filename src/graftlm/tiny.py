@@ -53,5 +53,8 @@ def build_tiny_model(*, dtype: torch.dtype = torch.float32, attn_implementation:
     )
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
-    return model.to(dtype).eval()
+        drawn = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    # Not drawn.to(dtype): that would round the rotary frequencies too, which a checkpoint does not hold.
+    model.load_state_dict(drawn.state_dict())
+    return model.eval()

@@ -92,7 +92,7 @@ def _heads_map(made: Figure, axes: Axes, stages: list[dict[str, Any]]) -> None:
     limit = len(stages)
     diverging = LinearSegmentedColormap.from_list("choices", [WEAK, "#f4f4f4", STRONG])
     image = axes.imshow(table, cmap=diverging, vmin=-limit, vmax=limit, aspect="auto", origin="lower")
-    style(axes, xlabel="head", ylabel="layer", title="Heads chosen")
+    style(axes, xlabel="head, or key-value group", ylabel="layer", title="Heads chosen")
     axes.grid(False)
     whole_numbers(axes.xaxis)
     whole_numbers(axes.yaxis)

@@ -130,16 +130,14 @@ def _time_title(run: RunData) -> str:
 
 
 def _difference(run: RunData, axes: Axes, event: str, *, smoothed: bool) -> None:
-    """Run minus control, over the moments that both logged."""
+    """Run minus control, over the steps that both logged; of several evaluations at one step, the last."""
     assert run.control is not None
-
-    def by_moment(member: RunData) -> dict[tuple[Any, Any], dict[str, Any]]:
-        return {(line["step"], line.get("when")): line for line in member.metrics if line.get("event") == event}
-
-    own, other = by_moment(run), by_moment(run.control)
-    shared = [moment for moment in own if moment in other]
-    xs = [own[moment]["tokens"] for moment in shared]
-    gaps = np.array([own[moment]["loss"] - other[moment]["loss"] for moment in shared], dtype=np.float64)
+    own, other = (
+        {line["step"]: line for line in member.metrics if line.get("event") == event} for member in (run, run.control)
+    )
+    shared = [step for step in own if step in other]
+    xs = [own[step]["tokens"] for step in shared]
+    gaps = np.array([own[step]["loss"] - other[step]["loss"] for step in shared], dtype=np.float64)
     axes.axhline(0, color=BEFORE, linewidth=1)
     if smoothed:
         axes.plot(xs, gaps, color=RUN, alpha=0.22, linewidth=0.8)

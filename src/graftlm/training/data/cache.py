@@ -122,7 +122,7 @@ def _row(column: pa.ListArray, row: int) -> np.ndarray | None:
 def cached_blocks(
     folder: Path, blocks: Iterator[tuple[bool, Block]], counts: Counts, max_length: int
 ) -> tuple[BlockFile, BlockFile, Counts]:
-    """Training blocks, held-out blocks and counts in `folder`, written from (held out?, block) pairs if it is not there.
+    """Training blocks, held-out blocks and counts in `folder`; if it is missing, written from (held out?, block) pairs.
 
     Killed in the middle, nothing is left under the folder's name.
     """

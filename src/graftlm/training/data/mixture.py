@@ -1,9 +1,9 @@
 """Several sources in one stream of blocks, by weight.
 
-Each source is packed on its own and whole blocks are interleaved. So a source's blocks do not depend on what it is mixed
-with: its cache serves every mixture and every set of weights, and no block mixes languages or tasks by accident.
-Weights are shares of TOKENS, not of blocks or documents. An epoch ends when the first source has no block left; from the
-others it takes what their weights allow, a random sample of their blocks (map-style) or their beginning (streaming).
+Each source is packed on its own and whole blocks are interleaved. So a source's blocks do not depend on what it is
+mixed with: its cache serves every mixture and every set of weights, and no block mixes sources by accident. Weights are
+shares of TOKENS, not of blocks or documents. An epoch ends when the first source has no block left; from the others it
+takes what their weights allow, a random sample of their blocks (map-style) or their beginning (streaming).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,12 @@ def mixed_index(sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int
     """
     if len(sizes) == 1:
         return np.stack([np.zeros(len(sizes[0]), np.int32), np.arange(len(sizes[0]), dtype=np.int32)], axis=1)
-    orders = [np.random.default_rng([seed, source]).permutation(len(size)) for source, size in enumerate(sizes)]
-    walks = [((int(block), int(size[block])) for block in order) for order, size in zip(orders, sizes, strict=True)]
+    walks = [_walk(size, [seed, source]) for source, size in enumerate(sizes)]
     picked = [(source, block) for source, (block, _) in interleave(walks, weights, seed, lambda element: element[1])]
     return np.asarray(picked, np.int32).reshape(-1, 2)
+
+
+def _walk(sizes: np.ndarray, seed: list[int]) -> Iterator[tuple[int, int]]:
+    """(block, its tokens) in a seeded order."""
+    for block in np.random.default_rng(seed).permutation(len(sizes)):
+        yield int(block), int(sizes[block])

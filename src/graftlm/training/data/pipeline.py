@@ -1,4 +1,4 @@
-"""One source from its rows to its blocks: read, convert, hold back, tokenise, pack. Cached or streamed, it is the same."""
+"""One source from its rows to its blocks: read, convert, hold back, tokenise, pack. Caching and streaming share it."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -26,14 +26,15 @@ def hold_out_score(index: int, seed: int) -> float:
     return int.from_bytes(digest) / 2**64
 
 
-def hold_out_rule(fraction: float, seed: int) -> HeldOut:
-    """About `fraction` of the documents, never the first one, so that something is left to train on."""
-    return lambda index: index > 0 and hold_out_score(index, seed) < fraction
+@dataclass(frozen=True)
+class HoldOutRule:
+    """Holds back about `fraction` of the documents, never the first one, so that something is left to train on."""
 
+    fraction: float = 0.0
+    seed: int = 0
 
-def nothing_held_out(index: int) -> bool:
-    """The rule where no document is held back."""
-    return False
+    def __call__(self, index: int) -> bool:
+        return index > 0 and self.fraction > 0 and hold_out_score(index, self.seed) < self.fraction
 
 
 @dataclass
@@ -50,7 +51,9 @@ class SourcePipeline:
         row = next(iterate_rows(self.source, counts), None)
         if row is None:
             skipped = f" ({counts.skipped_files} binary files skipped)" if counts.skipped_files else ""
-            raise UserError(f"data: {self.source.path}: no document in it{skipped}; name another file, folder or pattern")
+            raise UserError(
+                f"data: {self.source.path}: no document in it{skipped}; name another file, folder or pattern"
+            )
         self.format = detect_format(row, self.source, prefer_text=self.config.task == "cpt")
 
     @property
@@ -69,7 +72,7 @@ class SourcePipeline:
         }
 
     def blocks(
-        self, counts: Counts, held_out: HeldOut = nothing_held_out, *, only: Literal["train", "held_out"] | None = None
+        self, counts: Counts, held_out: HeldOut = HoldOutRule(), *, only: Literal["train", "held_out"] | None = None
     ) -> Iterator[tuple[bool, Block]]:
         """Yield (held out?, block), both kinds in the documents' order; `only` leaves the other kind untokenised.
 

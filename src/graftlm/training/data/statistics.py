@@ -1,6 +1,8 @@
 """What was counted while data was prepared."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -63,3 +65,28 @@ class DataStatistics:
     sources: list[SourceStatistics] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What a person should know: how evaluation data was held back, what was left out, unused parts of sources."""
+
+
+def truncation(counts: Sequence[Counts]) -> dict[str, Any]:
+    """The fields of DataStatistics on what was cut and dropped, over several sources."""
+    documents = sum(count.documents for count in counts)
+    truncated = sum(count.truncated_documents for count in counts)
+    dropped = sum(count.dropped for count in counts)
+    return {
+        "truncated_documents": truncated,
+        "truncated_share": truncated / documents if documents else 0.0,
+        "dropped": dropped,
+    }
+
+
+def left_out(paths: Sequence[str], counts: Sequence[Counts]) -> list[str]:
+    """A note for everything that was read and not used."""
+    notes = []
+    for path, count in zip(paths, counts, strict=True):
+        said = {
+            "binary files skipped": count.skipped_files,
+            "documents without text left out": count.empty,
+            "conversations dropped (too long, or no supervised token left)": count.dropped,
+        }
+        notes += [f"{path}: {number} {what}" for what, number in said.items() if number]
+    return notes

@@ -1,0 +1,62 @@
+"""A source's blocks, and the map-style dataset over the blocks of several sources."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from graftlm.training.config import SourceConfig
+from graftlm.training.data.packing import Block
+from graftlm.training.data.statistics import Counts
+
+
+class Blocks(Protocol):
+    """Blocks by number: a list, or a file of the cache."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Block: ...
+
+
+@dataclass(frozen=True)
+class SourceBlocks:
+    """A source's training blocks and its evaluation blocks."""
+
+    train: Blocks
+    train_sizes: np.ndarray
+    """int32 [blocks, 2]: tokens and supervised tokens"""
+    evaluation: Blocks
+    evaluation_numbers: np.ndarray
+    """int [n]: which of them"""
+    counts: Counts
+
+
+class BlockDataset(Dataset[dict[str, np.ndarray]]):
+    """Map-style items: rows of `index`, int [blocks, 2] (source, block), of several sequences of blocks."""
+
+    def __init__(self, sources: Sequence[Blocks], index: np.ndarray) -> None:
+        self.sources, self.index = list(sources), index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        source, block = self.index[number]
+        return self.sources[source][int(block)].item()
+
+
+def evaluation_dataset(
+    sources: Sequence[SourceBlocks], configs: Sequence[SourceConfig], max_blocks: int
+) -> BlockDataset | None:
+    """At most max_blocks blocks: of each source a part in proportion to its weight, spread evenly over it."""
+    total = sum(config.weight for config in configs)
+    rows = []
+    for number, (source, config) in enumerate(zip(sources, configs, strict=True)):
+        available = source.evaluation_numbers
+        count = min(len(available), max(1, round(max_blocks * config.weight / total)))
+        picked = available[np.linspace(0, len(available) - 1, count).round().astype(int)] if count else available
+        rows.append(np.stack([np.full(count, number), picked], axis=1))
+    index = np.concatenate(rows)[:max_blocks]
+    return BlockDataset([source.evaluation for source in sources], index) if len(index) else None
