@@ -5,7 +5,7 @@ Shapes: B rows, S positions, n samples of the batch, H heads, F channels.
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,8 @@ from graftlm.advantage import count_of, rank_votes
 from graftlm.anatomy import Anatomy, Block, Kind
 
 Per = Literal["sample", "microbatch"]
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""What a pass that only looks needs of a batch; labels would cost the loss of every logit."""
 
 
 def sample_matrix(
@@ -44,11 +46,18 @@ def sample_matrix(
     return members[members.sum(1) > (1 if packed else 0)]
 
 
+def count_tokens(inputs: Mapping[str, Any]) -> int:
+    """Tokens of a batch, padding not counted."""
+    ids = inputs["input_ids"]
+    members = sample_matrix(tuple(ids.shape), inputs.get("attention_mask"), inputs.get("position_ids"), ids.device)
+    return ids.numel() if members is None else int(members.sum())
+
+
 class ActivationRecorder:
     """Watches a model's forward passes and keeps, per block, votes (eq. 3, 5) and sums of activations.
 
     A head's activation is the squared Frobenius norm of its output before the output projection, a channel's that of
-    the gate after its activation function. Passes count when the model is in training mode, or inside `recording()`;
+    the gate after its activation function. Passes count when the model is in training mode, or inside `run`;
     what gradient checkpointing recomputes in the backward pass does not, nor does evaluation.
     """
 
@@ -128,7 +137,7 @@ class ActivationRecorder:
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._seen = {}
         self.penalty = None
-        self._active = self.model.training or self._forced
+        self._active = self._forced or (self.model.training and torch.is_grad_enabled())
         if not self._active:
             return
         inputs = kwargs.get("input_ids", args[0] if args else None)
@@ -136,9 +145,8 @@ class ActivationRecorder:
             inputs = kwargs["inputs_embeds"][..., 0]
         mask = kwargs.get("attention_mask")
         self._members = sample_matrix(tuple(inputs.shape), mask, kwargs.get("position_ids"), inputs.device)
-        counted = inputs.numel() if self._members is None else int(self._members.sum())
-        if self.model.training and torch.is_grad_enabled():
-            self.tokens += counted
+        if not self._forced:
+            self.tokens += inputs.numel() if self._members is None else int(self._members.sum())
 
     @torch.compiler.disable
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
@@ -175,14 +183,28 @@ class ActivationRecorder:
             warnings.warn(note, stacklevel=2)
         self._watch_gate(block)
 
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Count forward passes in evaluation mode too (assessment before training)."""
+    @torch.no_grad()
+    def run(self, batches: Iterable[Mapping[str, Tensor]]) -> int:
+        """Count forward passes in evaluation mode over `batches` (input_ids [B, S] and perhaps attention_mask,
+        position_ids); returns the rows seen. The model's mode is put back."""
+        device = next(self.model.parameters()).device
+        was_training = self.model.training
+        self.model.eval()
         self._forced = True
+        rows = 0
         try:
-            yield
+            for batch in batches:
+                inputs = {k: v.to(device) for k, v in batch.items() if k in MODEL_INPUTS}
+                noted = len(self.notes)
+                self.model(**inputs, use_cache=False)
+                if len(self.notes) > noted:  # another way to see was found just now: let it see this batch too
+                    self.reset()
+                    self.model(**inputs, use_cache=False)
+                rows += len(inputs["input_ids"])
         finally:
             self._forced = False
+            self.model.train(was_training)
+        return rows
 
     def reset(self) -> None:
         """Forget all counts; a stage begins."""

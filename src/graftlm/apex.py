@@ -1,7 +1,6 @@
 """The stage machine: binds a model and an optimizer, for any PyTorch loop (section 3.3, algorithm 1)."""
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +16,8 @@ from graftlm.expansion import Expansion, Tie
 from graftlm.sliced_training import SlicedTraining
 from graftlm.stages import StageClock
 
-logger = logging.getLogger(__name__)
-
 CONTAINER = "apex"
 """Name under which operators and slices live in the model, so that any optimizer and any clipping finds them."""
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
-"""What assessment hands to the model of a batch; labels would only cost the logits' loss."""
 
 
 class Apex:
@@ -140,33 +135,13 @@ class Apex:
 
     # -- assessment -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def assess(self, batches: Iterable[Mapping[str, Tensor]], on_sample: Callable[[int], None] | None = None) -> int:
-        """Score components on forward passes before training; returns the sequences seen.
+    def assess(self, batches: Iterable[Mapping[str, Tensor]]) -> int:
+        """Score components on forward passes before training (footnote 3); returns the sequences seen.
 
         Args:
-            batches: what the model takes (input_ids [B, S] and perhaps attention_mask, position_ids), on any device.
-            on_sample: called with the number of sequences after each batch.
+            batches: what the model takes: input_ids [B, S] and perhaps attention_mask, position_ids, on any device.
         """
-        device = next(self.model.parameters()).device
-        was_training = self.model.training
-        self.model.eval()
-        seen = 0
-        try:
-            with self.recorder.recording():
-                for batch in batches:
-                    inputs = {k: v.to(device) for k, v in batch.items() if k in MODEL_INPUTS}
-                    missed = len(self.recorder.notes)
-                    self.model(**inputs, use_cache=False)
-                    if len(self.recorder.notes) > missed:  # the recorder found another way to see: let it see this too
-                        self.recorder.reset()
-                        self.model(**inputs, use_cache=False)
-                    seen += len(inputs["input_ids"])
-                    if on_sample is not None:
-                        on_sample(len(inputs["input_ids"]))
-        finally:
-            self.model.train(was_training)
-        return seen
+        return self.recorder.run(batches)
 
     def scores(self) -> dict[str, Tensor]:
         """Score of every head or channel by block: [ranked] (eq. 3, 5; the variants of table 6)."""

@@ -69,6 +69,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.umask(umask)
             temporary.chmod(0o777 & ~umask)
             for file in temporary.rglob("*"):
+                # Some writers (safetensors) make files that only their owner can read.
+                file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
                 _fsync(file)
             _fsync(temporary)
             if path.exists():

@@ -22,7 +22,7 @@ def _span(matrix: Matrix, components: Tensor) -> Tensor:
 
 
 def effective(raw: Tensor, tie: Tie, piece: Piece, choice: Choice) -> Tensor:
-    """W~ of one matrix (or bias) from raw values, differentiable in both; computed in float32 at least, rounded once."""
+    """W~ of one matrix (or bias) from raw values, differentiable; computed in float32 at least, rounded once."""
     matrix, dtype = piece.matrix, raw.dtype
     raw = raw.to(torch.promote_types(dtype, torch.float32))
     n, p = choice.disadvantageous.cpu(), choice.advantageous.cpu()

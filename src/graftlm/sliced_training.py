@@ -106,7 +106,9 @@ class SlicedTraining(nn.Module):
         """The gradient of the slice of the parameter `name`, with the places of its rows or columns (expansion.py)."""
         module, _, kind = name.rpartition(".")
         found = self.slice_of(module)
-        parameter = getattr(found, kind) if found is not None else None
+        if found is None:
+            return None
+        parameter = getattr(found, kind)
         return None if parameter is None or parameter.grad is None else (parameter.grad, found.places)
 
     def close(self) -> None:

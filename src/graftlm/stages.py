@@ -15,8 +15,8 @@ class StageClock:
         """Stage now running, from 0."""
         self.step = 0
         """Optimizer steps taken in the run."""
-        self.started_at = 0
-        """Step at which the stage now running began."""
+        self.starts = [0]
+        """Step at which each stage so far began."""
         self.length = config.stage_length
         if self.length is None and config.stages > 1:
             total = total_steps if config.stage_by == "steps" else total_epochs
@@ -44,10 +44,11 @@ class StageClock:
 
     def next_stage(self) -> None:
         self.stage += 1
-        self.started_at = self.step
+        self.starts.append(self.step)
 
     def state(self) -> dict[str, Any]:
-        return {"stage": self.stage, "step": self.step, "started_at": self.started_at}
+        return {"stage": self.stage, "step": self.step, "starts": self.starts}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.stage, self.step, self.started_at = (int(state[k]) for k in ("stage", "step", "started_at"))
+        self.stage, self.step = int(state["stage"]), int(state["step"])
+        self.starts = [int(start) for start in state["starts"]]

@@ -47,8 +47,10 @@ def data(args: argparse.Namespace) -> None:
     from graftlm import models
     from graftlm.training import data as training_data
 
-    kwargs = {"chat_template": config.chat_template, "trust_remote_code": config.trust_remote_code}
-    training_data.show_data(config, models.load_tokenizer(config.model, **kwargs), count=args.count)
+    tokenizer = models.load_tokenizer(
+        config.model, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code
+    )
+    training_data.show_data(config, tokenizer, count=args.count)
 
 
 def assess(args: argparse.Namespace) -> None:

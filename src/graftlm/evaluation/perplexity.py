@@ -40,8 +40,8 @@ def evaluate_perplexity(
     first so many documents, which are held in memory. `max_length`: tokens of context (None: the model's, or less where
     its logits would take more than 2 GiB). Texts get no special tokens of the tokenizer's own; the harness scores a
     document's first token after the BOS token (EOS where there is none), cuts the document into disjoint windows of
-    `max_length`, and gives each later window the last token of the one before as its only context. So numbers compare
-    only at the same `max_length`.
+    `max_length`, and gives each later window only the token before it as context (the last, shorter one as many as fill
+    it up). So numbers compare only at the same `max_length`.
 
     Returns loss (nats per token), token_perplexity = exp(loss), word_perplexity = exp(total nats / words) where words
     are what white space separates (as the harness counts them for WikiText; None where it overflows, as for text

@@ -54,6 +54,8 @@ class RunConfig:
     """After the run, train the same model plainly on the same tokens, order, schedule and seed, and report both."""
     apex: ApexConfig = field(default_factory=ApexConfig)
     """Settings of APEX."""
+    stage_starts: tuple[int, ...] = ()
+    """Method full: steps at which the learning rate follows apex' stages; a control gets those of its run."""
 
     eval_data: tuple[SourceConfig, ...] = ()
     """Held-out data; empty holds back eval_fraction of the training documents."""

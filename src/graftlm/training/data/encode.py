@@ -11,8 +11,8 @@ from graftlm.errors import UserError
 from graftlm.training.data.chat import ChatEncoder
 from graftlm.training.data.formats import Conversation, TextDocument
 
-BATCH_CHARACTERS = 2**20
-"""Characters tokenised at once: about 250 thousand tokens, whose Python objects take some tens of MB."""
+BATCH_CHARACTERS = 2**19
+"""Characters tokenised at once: about 130 thousand tokens, whose objects take some tens of MB."""
 BATCH_DOCUMENTS = 1024
 
 D = TypeVar("D", TextDocument, Conversation)

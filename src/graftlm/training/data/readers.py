@@ -21,7 +21,7 @@ from graftlm.errors import UserError
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
-PIECE_CHARACTERS = 2**18
+PIECE_CHARACTERS = 2**17
 """A text longer than this is handed on in pieces cut at paragraph borders: bounds memory, feeds every tokeniser
 thread."""
 PARQUET_ROWS = 32

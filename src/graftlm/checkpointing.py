@@ -1,0 +1,73 @@
+"""Tensors and optimizer state on disk: safetensors and JSON, atomic, never pickle."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from graftlm.errors import UserError
+from graftlm.files import atomic_path
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
+    """Write named tensors, and any JSON value beside them, to one safetensors file."""
+    # Clones: safetensors refuses tensors that share memory, and a contiguous view may be part of a larger one.
+    whole = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(whole, temporary, metadata={"json": json.dumps(metadata)})
+
+
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read what save_tensors wrote. A missing or torn file is a UserError."""
+    return load_tensors_and_metadata(path)[0]
+
+
+def load_tensors_and_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; this checkpoint is not complete, go on from an earlier one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads((file.metadata() or {}).get("json", "null"))  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: torn or not ours ({error}); delete this checkpoint and go on from an earlier one"
+        ) from error
+
+
+def save_optimizer(path: str | os.PathLike[str], optimizer: torch.optim.Optimizer, extra: Any = None) -> None:
+    """Write an optimizer's state_dict, and any JSON value beside it."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                plain.setdefault(str(index), {})[key] = value
+    groups = [{k: v for k, v in group.items() if not isinstance(v, Tensor)} for group in state["param_groups"]]
+    save_tensors(path, tensors, {"groups": groups, "plain": plain, "extra": extra})
+
+
+def load_optimizer(path: str | os.PathLike[str], optimizer: torch.optim.Optimizer) -> Any:
+    """Load what save_optimizer wrote; returns the JSON value beside it."""
+    tensors, metadata = load_tensors_and_metadata(path)
+    state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in metadata["plain"].items()}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    now = optimizer.state_dict()["param_groups"]
+    if [len(g["params"]) for g in now] != [len(g["params"]) for g in metadata["groups"]]:
+        raise UserError(f"{path}: written with other settings than these; resume with the configuration of that run")
+    # JSON turns tuples (betas) into lists, which some optimizers refuse.
+    groups = [
+        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in metadata["groups"]
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return metadata["extra"]

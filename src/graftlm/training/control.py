@@ -1,0 +1,61 @@
+"""The control: plain training with the same tokens, order, schedule and seed, in a process of its own.
+
+Its own process gives it its own peak of memory, and the first run's memory back before it begins.
+"""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from graftlm.configuring import dump_yaml, load_config
+from graftlm.errors import UserError
+from graftlm.files import read_json, write_text
+from graftlm.training.config import RunConfig
+
+
+def control_config(config: RunConfig, stage_starts: Sequence[int]) -> RunConfig:
+    """The control of `config`, whose learning rate follows stages that began at those steps."""
+    folder = str(Path(config.output_dir) / "control")
+    return dataclasses.replace(
+        config, method="full", control=False, output_dir=folder, stage_starts=tuple(stage_starts)
+    )
+
+
+def run_control(config: RunConfig, stage_starts: Sequence[int], *, resume: bool) -> dict[str, Any]:
+    """Run the control of `config`, or go on with it; returns its summary."""
+    control = control_config(config, stage_starts)
+    folder = Path(control.output_dir)
+    finished = folder / "summary.json"
+    if not finished.exists():
+        given = folder / "given.yaml"
+        write_text(given, dump_yaml(control))
+        command = [sys.executable, "-m", "graftlm.training.control", str(given), *(["--resume"] if resume else [])]
+        status = subprocess.run(command, check=False).returncode
+        if status != 0:
+            raise UserError(
+                f"the control stopped (exit code {status}), see above; the run itself is whole, and "
+                f"`graftlm train {config.output_dir}/config.yaml --resume` goes on with the control"
+            )
+        given.unlink(missing_ok=True)
+    summary: dict[str, Any] = read_json(finished)
+    return summary
+
+
+def main(arguments: Sequence[str]) -> int:
+    from graftlm.training.run import train_one  # here: run.py imports this module
+
+    try:
+        train_one(load_config(Path(arguments[0])), resume="--resume" in arguments)
+    except UserError as error:
+        print(f"graftlm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

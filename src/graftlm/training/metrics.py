@@ -1,0 +1,76 @@
+"""What a run writes and shows while it goes: metrics.jsonl, one JSON object a line, and a progress bar."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from graftlm.files import write_text
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl. After a kill, lines beyond the checkpoint gone on from are cut off first."""
+
+    def __init__(self, path: Path, *, keep_until_step: int | None = None):
+        self.path = path
+        kept = []
+        if keep_until_step is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= keep_until_step:
+                        kept.append(line)
+                except (ValueError, KeyError):
+                    break  # a line torn by the kill, with nothing after it
+        write_text(path, "".join(line + "\n" for line in kept))
+
+    def write(self, **values: Any) -> None:
+        """Append one line. Numbers that JSON has no word for (NaN) become null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Display:
+    """A bar with loss, tokens/s and time left on a terminal; elsewhere a line each time metrics are logged."""
+
+    def __init__(self, title: str, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self.title = title
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=None, figures="")
+
+    def start(self, step: int, total: int) -> None:
+        self._progress.update(self._task, total=total, completed=step)
+        self._progress.start()
+
+    def step(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def figures(self, step: int, total: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        shown = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        self._progress.update(self._task, figures=shown)
+        if not self.console.is_terminal:
+            left = f"{seconds_left / 60:.1f} min left"
+            self.console.print(f"{self.title}  step {step}/{total}  {shown}  {left}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False)
+
+    def stop(self) -> None:
+        self._progress.stop()

@@ -1,0 +1,243 @@
+"""`graftlm train`: one run from a config to a folder that explains itself."""
+
+import gc
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from graftlm.activations import ActivationRecorder
+from graftlm.anatomy import read_anatomy
+from graftlm.checkpointing import save_tensors
+from graftlm.configuring import config_to_dict, dump_yaml, load_config
+from graftlm.environment import describe_environment
+from graftlm.errors import UserError
+from graftlm.files import read_json, write_json, write_text
+from graftlm.models import check_vocabulary, load_model, load_tokenizer, save_model
+from graftlm.reporting.card import model_card
+from graftlm.reporting.report import make_report
+from graftlm.reporting.table import print_summary
+from graftlm.training.arguments import training_arguments
+from graftlm.training.config import RunConfig
+from graftlm.training.control import run_control
+from graftlm.training.data import PreparedData, prepare_data
+from graftlm.training.metrics import Display, MetricsLog
+from graftlm.training.plan import compare_plan, estimate
+from graftlm.training.run_trainer import RunTrainer, list_checkpoints
+
+# What may differ between a run and its --resume without changing a weight.
+FREE_ON_RESUME = {"control", "save_total_limit", "report_to", "logging_steps", "per_device_eval_batch_size"}
+
+
+def train(config: RunConfig, *, resume: bool = False) -> Path:
+    """Train as `config` says; returns the run folder. With `control`, plain training follows in a process of its own.
+
+    Raises UserError for anything a person can mend; what was finished before stays.
+    """
+    run = Path(config.output_dir)
+    finished = run / "summary.json"
+    if resume and finished.exists():
+        _check_same_config(config, run)
+    else:
+        train_one(config, resume=resume)
+    summary = read_json(finished)
+    if config.control and summary.get("control") is None:
+        summary["control"] = run_control(config, [stage["step"] for stage in summary["stages"]], resume=resume)
+        write_json(finished, summary)
+    report = make_report(run)
+    print_summary(summary, run)
+    print(report)
+    return run
+
+
+def train_one(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
+    """One run without its control; returns what it wrote to summary.json."""
+    run = Path(config.output_dir)
+    checkpoint = _open_folder(config, run, resume)
+    set_seed(config.seed)
+    code = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template, **code)
+    data = prepare_data(config, tokenizer)
+    model = load_model(config.model, dtype=config.dtype, attn_implementation=config.attn_implementation, **code)
+    check_vocabulary(model, tokenizer)
+    display = Display("control" if run.name == "control" else config.method)
+    _tell_data(display, data)
+    planned = estimate(config, model, data.statistics.blocks)
+    total_parameters = sum(p.numel() for p in model.parameters())
+    use_cache = model.config.use_cache
+    model.config.use_cache = False  # packed documents are kept apart only without a cache
+    trainer = _make_trainer(config, run, model, data, display, checkpoint)
+    if config.method == "full" or config.apex.assessment == "random":
+        before = _watch(trainer, config)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory at step {trainer.state.global_step + 1}: lower per_device_train_batch_size (and raise "
+            "gradient_accumulation_steps), or set gradient_checkpointing: true; --resume keeps what is done"
+        ) from error
+    finally:
+        display.stop()
+    if trainer.activations is not None:
+        before = trainer.activations
+    summary = _finish(trainer, config, data, tokenizer, before, use_cache)
+    summary["total_parameters"] = total_parameters
+    summary["plan"] = compare_plan(planned, summary)
+    write_json(run / "summary.json", summary)
+    return summary
+
+
+def _open_folder(config: RunConfig, run: Path, resume: bool) -> Path | None:
+    """Make the run folder, or find the checkpoint to go on from."""
+    checkpoints = list_checkpoints(run)
+    if (run / "summary.json").exists() or (checkpoints and not resume):
+        state = "a finished run" if (run / "summary.json").exists() else "an unfinished run"
+        mend = "" if state == "a finished run" else "go on with --resume, "
+        raise UserError(f"{run} holds {state}: {mend}give another output_dir, or delete the folder")
+    if resume and (run / "config.yaml").exists():
+        _check_same_config(config, run)
+    if resume and not checkpoints:
+        print(f"{run} has no checkpoint yet; starting from the beginning", file=sys.stderr)
+    write_text(run / "config.yaml", dump_yaml(config))
+    write_json(run / "environment.json", describe_environment())
+    return checkpoints[-1] if checkpoints else None
+
+
+def _check_same_config(config: RunConfig, run: Path) -> None:
+    old, new = config_to_dict(load_config(run / "config.yaml")), config_to_dict(config)
+    changed = [key for key in new if new[key] != old.get(key) and key not in FREE_ON_RESUME]
+    if changed:
+        raise UserError(
+            f"{run}/config.yaml: {changed[0]} was {old.get(changed[0])!r} and is now {new[changed[0]]!r}; a resumed "
+            "run keeps its settings (give another output_dir for a new one)"
+        )
+
+
+def _tell_data(display: Display, data: PreparedData) -> None:
+    found = data.statistics
+    known = (
+        f"{found.documents:,} documents, {found.tokens:,} tokens, {found.blocks:,} sequences; " if found.tokens else ""
+    )
+    display.say(
+        f"data: {known}supervised {found.supervised_share:.1%} of the tokens, truncated {found.truncated_share:.1%} of "
+        "the documents"
+    )
+    for note in found.notes:
+        display.say(f"note: {note}")
+
+
+def _make_trainer(
+    config: RunConfig, run: Path, model: PreTrainedModel, data: PreparedData, display: Display, checkpoint: Path | None
+) -> RunTrainer:
+    trainer = RunTrainer(
+        model=model,
+        args=training_arguments(config),
+        train_dataset=data.train,
+        data_collator=data.collator,
+        apex=config.apex if config.method == "apex" else None,
+        run=run,
+        evaluation=data.evaluation,
+        evaluation_batch_size=config.per_device_eval_batch_size,
+        display=display,
+        eval_every=config.eval_steps,
+        eval_at=config.stage_starts[1:],
+        save_every=config.save_steps,
+    )
+    if config.method == "full":
+        trainer.schedule_config = config.apex
+        trainer.stage_starts = list(config.stage_starts) or None
+    step = int(checkpoint.name.removeprefix("step-")) if checkpoint else None
+    trainer.metrics = MetricsLog(run / "metrics.jsonl", keep_until_step=step)
+    return trainer
+
+
+Activations = dict[Any, dict[int, Tensor]]
+
+
+def _watch(trainer: RunTrainer, config: RunConfig) -> Activations:
+    """Mean activations on the sequences that an assessment before training would see."""
+    model: nn.Module = trainer.model
+    shares = {"heads": config.apex.k_heads, "channels": config.apex.k_channels}
+    recorder = ActivationRecorder(model, read_anatomy(model), shares, config.apex.assess_per)  # type: ignore[arg-type]
+    recorder.run(trainer.assessment_batches(config.apex.assess_samples))
+    recorder.close()
+    return recorder.mean_activations()
+
+
+def _finish(
+    trainer: RunTrainer,
+    config: RunConfig,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    before: Activations,
+    use_cache: bool,
+) -> dict[str, Any]:
+    """Fuse, save, reopen, measure."""
+    run, model, apex = trainer.run, trainer.model, trainer.apex
+    trainable = apex.budget.trainable if apex else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = apex.budget.total if apex else sum(p.numel() for p in model.parameters())
+    sample = next(iter(trainer.assessment_batches(1)))["input_ids"]
+    notes = [*data.statistics.notes, *(apex.notes if apex else [])]
+    loss = trainer.end_stage("before_fusion" if apex else "end")
+    live = _logits(model, sample)
+    if apex is not None:
+        apex.finish()
+        loss = trainer.stages[-1]["eval_loss_after_fusion"] = trainer.evaluate_now("after_fusion")
+    peak = _peak_memory()
+    after = _watch(trainer, config)
+    tables = {"before": before, "after": after}
+    flat = {f"{when}/{kind}/{layer}": values.float() for when, kinds in tables.items()
+            for kind, layers in kinds.items() for layer, values in layers.items()}  # fmt: skip
+    save_tensors(run / "activations.safetensors", flat, config.apex.assess_samples)
+    summary: dict[str, Any] = {
+        "method": config.method,
+        "model": config.model,
+        "tokens": trainer.tokens,
+        "steps": trainer.state.global_step,
+        "seconds": round(trainer.seconds, 3),
+        "tokens_per_second": round(trainer.tokens / trainer.seconds, 1),
+        "peak_memory_bytes": peak,
+        "trainable_parameters": trainable,
+        "trainable_fraction": trainable / total,
+        "operator_parameters": apex.operator_parameters if apex else 0,
+        "eval_loss_start": trainer.eval_loss_start,
+        "eval_loss_end": loss,
+        "control": None,
+        "stages": trainer.stages,
+        "data": {
+            key: getattr(data.statistics, key)
+            for key in ("documents", "tokens", "blocks", "supervised_share", "truncated_share")
+        },
+        "notes": notes,
+    }
+    model.config.use_cache = use_cache
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    gc.collect()
+    card = model_card(summary, config_to_dict(config), config.model)
+    save_model(model, tokenizer, run / "model", card=card)
+    reopened = load_model(str(run / "model"), dtype=config.dtype, attn_implementation=config.attn_implementation)
+    reopened.to(next(model.parameters()).device)
+    summary["fused_max_abs_logit_difference"] = float((_logits(reopened, sample) - live).abs().max())
+    return summary
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    was_training = model.training
+    model.eval()
+    logits: Tensor = model(ids.to(next(model.parameters()).device), use_cache=False).logits.float()
+    model.train(was_training)
+    return logits
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of this process since it began."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,48 @@
+"""Learning rate over stages: a rate per stage, or one schedule with a re-warmup at each boundary (section 4.2)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from graftlm.apex_config import ApexConfig
+
+
+def stage_factor(
+    step: int,
+    starts: Sequence[int],
+    config: ApexConfig,
+    *,
+    base: Callable[[int], float],
+    learning_rate: float,
+    warmup_steps: int,
+    total_steps: int,
+) -> float:
+    """Factor on `learning_rate` at optimizer step `step` (from 0), where stages began at the steps `starts`.
+
+    With apex.stage_learning_rates, the rate is constant within a stage, after the run's warmup; otherwise it is `base`,
+    the schedule that the run would have without stages. rewarmup_ratio climbs from 0 again after each boundary.
+    """
+    stage = max(i for i, start in enumerate(starts) if start <= step)
+    if config.stage_learning_rates is not None:
+        factor = config.stage_learning_rates[stage] / learning_rate * min(1.0, (step + 1) / max(1, warmup_steps))
+    else:
+        factor = base(step)
+    rewarmup = round(config.rewarmup_ratio * total_steps)
+    if stage > 0 and rewarmup > 0:
+        factor *= min(1.0, (step - starts[stage] + 1) / rewarmup)
+    return factor
+
+
+def follows_stages(config: ApexConfig) -> bool:
+    """Whether stages change the learning rate at all."""
+    return config.stage_learning_rates is not None or config.rewarmup_ratio > 0
+
+
+def refresh(scheduler: LambdaLR, optimizer: torch.optim.Optimizer) -> None:
+    """Recompute the learning rate of the coming step: a boundary is only known after the scheduler has stepped."""
+    rates = []
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(scheduler.last_epoch)
+        rates.append(group["lr"])
+    scheduler._last_lr = rates

@@ -1,0 +1,191 @@
+"""APEX in Hugging Face's Trainer and TRL's SFTTrainer: a mixin over public methods.
+
+A callback alone cannot do it: gradients must be pulled back after the last backward pass and before clipping, and
+Trainer has no event there.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
+from transformers.trainer_utils import get_last_checkpoint
+
+from graftlm.activations import MODEL_INPUTS
+from graftlm.anatomy import Kind
+from graftlm.apex import Apex
+from graftlm.apex_config import ApexConfig
+from graftlm.checkpointing import load_tensors, save_tensors
+from graftlm.training.schedule import follows_stages, refresh, stage_factor
+
+APEX_FILE = "apex.safetensors"
+
+
+class _Stages(TrainerCallback):
+    """Counts steps and moves to the next stage; saves Apex beside each of Trainer's checkpoints."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        apex: Apex | None = self._trainer.apex
+        if apex is not None:
+            apex.clock.step += 1
+            if apex.due(epoch=state.epoch):
+                self._trainer.next_stage()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._trainer.apex is not None and args.should_save:
+            save_tensors(
+                f"{args.output_dir}/checkpoint-{state.global_step}/{APEX_FILE}", self._trainer.apex.state_dict()
+            )
+
+
+class ApexMixin:
+    """Put it before a Trainer: `class MyTrainer(ApexMixin, Trainer)`, and pass apex=ApexConfig(...).
+
+    With apex=None nothing changes. After train() the model is an ordinary one, fused.
+    """
+
+    apex: Apex | None = None
+    activations: dict[Kind, dict[int, Tensor]] | None = None
+    """Mean activations seen in the assessment before training."""
+    schedule_config: ApexConfig | None = None
+    stage_starts: list[int] | None = None
+    """A plain run that follows the learning rate of an APEX run: its settings, and the steps at which stages began."""
+
+    def __init__(self, *args: Any, apex: ApexConfig | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.apex_config = apex
+        self._resume_from: str | None = None
+        self.add_callback(_Stages(self))  # type: ignore[attr-defined]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+        self._resume_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+        finally:
+            self.end_apex()
+        return output
+
+    def end_apex(self) -> None:
+        """Fuse the last stage and take everything of APEX off the model."""
+        if self.apex is not None:
+            self.apex.finish()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        trainer: Any = self
+        if self.apex_config is not None and trainer.optimizer is None:
+            total = trainer.state.max_steps
+            self.apex = Apex(
+                trainer.model,
+                self.apex_config,
+                total_steps=total,
+                total_epochs=trainer.args.num_train_epochs if trainer.args.max_steps <= 0 else None,
+            )
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        if self.apex is not None:
+            if self._resume_from is not None:
+                self.apex.load_state_dict(load_tensors(f"{self._resume_from}/{APEX_FILE}"))
+            else:
+                self.assess(self.apex)
+            self.apex.start(optimizer)
+        return optimizer
+
+    def assess(self, apex: Apex) -> None:
+        """The assessment before training (footnote 3): forward passes on assess_samples training sequences."""
+        if apex.config.assessment == "random":
+            return
+        apex.assess(self.assessment_batches(apex.config.assess_samples))
+        self.activations = apex.recorder.mean_activations()
+
+    def assessment_batches(self, samples: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of `samples` training sequences, spread evenly over the data (streams: the first ones); draws no
+        random number, so a plain run beside this one sees the same order."""
+        trainer: Any = self
+        data = trainer.train_dataset
+        size = trainer.args.per_device_train_batch_size
+        rows = (data[i * len(data) // samples] for i in range(min(samples, len(data)))) if _has_length(data) else data
+        taken = islice(iter(rows), samples)
+        while batch := list(islice(taken, size)):
+            collated = trainer.data_collator(batch)
+            yield {k: v for k, v in collated.items() if k in MODEL_INPUTS}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        trainer: Any = self
+        config, starts = self.apex_config or self.schedule_config, self.stage_starts
+        if config is None or not follows_stages(config) or trainer.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+        optimizer = optimizer or trainer.optimizer
+        args = trainer.args
+        warmup = args.get_warmup_steps(num_training_steps)
+        # A schedule of its own on a dummy optimizer: any of transformers' schedules gives its factors this way.
+        base = get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=args.learning_rate),
+            num_warmup_steps=warmup,
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+
+        def factor(step: int) -> float:
+            return stage_factor(
+                step,
+                self.apex.clock.starts if self.apex is not None else starts or [0],
+                config,
+                base=base.lr_lambdas[0],  # type: ignore[union-attr]
+                learning_rate=args.learning_rate,
+                warmup_steps=warmup,
+                total_steps=num_training_steps,
+            )
+
+        trainer.lr_scheduler = LambdaLR(optimizer, factor)
+        trainer._created_lr_scheduler = True
+        return trainer.lr_scheduler
+
+    def next_stage(self) -> None:
+        """Fuse, choose anew, begin the next stage."""
+        assert self.apex is not None
+        trainer: Any = self
+        self.apex.next_stage()
+        if follows_stages(self.apex.config):
+            refresh(trainer.lr_scheduler, trainer.optimizer)
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if self.apex is not None and self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            self.apex.pull_back()
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        penalty = self.apex.penalty() if self.apex is not None and model.training else None
+        if penalty is None:
+            return result
+        # Trainer's loss is already a share of the step's; so must this be.
+        penalty = penalty / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+
+def _has_length(data: Any) -> bool:
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__")
+
+
+class ApexTrainer(ApexMixin, Trainer):  # type: ignore[misc]
+    """transformers' Trainer with APEX."""
+
+
+def __getattr__(name: str) -> Any:
+    """ApexSFTTrainer is made on first use: importing TRL takes seconds that nobody else should wait for."""
+    if name == "ApexSFTTrainer":
+        from trl import SFTTrainer
+
+        found = type(name, (ApexMixin, SFTTrainer), {"__doc__": "TRL's SFTTrainer with APEX.", "__module__": __name__})
+        globals()[name] = found
+        return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
