@@ -50,14 +50,18 @@ def test_markers_and_prefixes_agree_in_a_batch():
 
 
 def test_white_space_at_the_start_of_a_marked_span_is_no_trouble():
-    template = CHATML_MARKED.replace("message['content'] + '<|im_end|>' }}{% endg", "' ' + message['content'] + '<|im_end|>' }}{% endg")
+    template = CHATML_MARKED.replace(
+        "message['content'] + '<|im_end|>' }}{% endg", "' ' + message['content'] + '<|im_end|>' }}{% endg"
+    )
     tokenizer = byte_tokenizer(template)
     ids, mask = encode(tokenizer, TURNS)
     assert supervised_runs(tokenizer, ids, mask) == [" " + want for want in WANTED]
 
 
 def test_template_that_rewrites_earlier_turns_is_refused():
-    rewriting = CHATML.replace("message['content'] +", "(message['content'] if loop.last else message['content'][:2]) +")
+    rewriting = CHATML.replace(
+        "message['content'] +", "(message['content'] if loop.last else message['content'][:2]) +"
+    )
     with pytest.raises(UserError, match=r"data\.jsonl:7.*generation"):
         encode(byte_tokenizer(rewriting), TURNS)
 
@@ -66,7 +70,7 @@ def test_markers_without_end_of_turn_are_refused():
     short = CHATML_MARKED.replace(
         "message['content'] + '<|im_end|>' }}{% endgeneration %}", "message['content'] }}{% endgeneration %}<|im_end|>"
     )
-    with pytest.raises(UserError, match="end-of-turn token <|im_end|>"):
+    with pytest.raises(UserError, match=r"end-of-turn token <\|im_end\|>"):
         ChatEncoder(byte_tokenizer(short))
 
 

@@ -105,7 +105,9 @@ def test_folder_of_source_files(tmp_path):
     (tmp_path / "old.c").write_bytes("Straße".encode("latin-1"))
     counts = Counts()
     rows = list(iterate_rows(SourceConfig(str(tmp_path)), counts))
-    assert [row.fields["text"] for row in rows] == [f"text of {n}" for n in ("a.rs", "b.py", "package.json", "sub/c.md")]
+    assert [row.fields["text"] for row in rows] == [
+        f"text of {n}" for n in ("a.rs", "b.py", "package.json", "sub/c.md")
+    ]
     assert counts.skipped_files == 2
     assert [row.fields["text"] for row in rows_of(tmp_path, pattern="*.py")] == ["text of b.py"]
     with pytest.raises(UserError, match="pattern"):
@@ -115,10 +117,9 @@ def test_folder_of_source_files(tmp_path):
 def test_limit_counts_documents_not_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "PIECE_CHARACTERS", 4)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 10}, {"text": "y" * 10}, {"text": "z"}])
-    pieces = [readers.pieces.__defaults__, readers.pieces]
-    assert pieces[0] is not None
     rows = rows_of(path, limit=2)
-    assert {row.fields["text"][0] for row in rows if row.fields["text"]} == {"x", "y"}
+    assert len(rows) > 4
+    assert "".join(row.fields["text"] for row in rows) == "x" * 10 + "y" * 10
 
 
 @settings(max_examples=60, deadline=None)
@@ -158,7 +159,7 @@ def test_hub_failure_is_one_line(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' doesn't exist\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match="hub:owner/name.*doesn't exist"):
+    with pytest.raises(UserError, match=r"hub:owner/name.*doesn't exist"):
         rows_of("hub:owner/name")
 
 

@@ -1,1 +1,31 @@
-"""Better language models out of the parameters they already have."""
+"""Better language models out of the parameters they already have.
+
+from graftlm import Apex, ApexConfig, ApexTrainer, ApexSFTTrainer
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graftlm.apex import Apex
+    from graftlm.apex_config import ApexConfig
+    from graftlm.errors import UserError
+    from graftlm.training.trainer import ApexMixin, ApexTrainer
+
+__all__ = ["Apex", "ApexConfig", "ApexMixin", "ApexSFTTrainer", "ApexTrainer", "UserError"]
+
+_HOME = {
+    "Apex": "graftlm.apex",
+    "ApexConfig": "graftlm.apex_config",
+    "ApexMixin": "graftlm.training.trainer",
+    "ApexSFTTrainer": "graftlm.training.trainer",
+    "ApexTrainer": "graftlm.training.trainer",
+    "UserError": "graftlm.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported on first use: torch takes seconds that `graftlm --help` should not."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,8 @@ from graftlm.anatomy import Anatomy, Block, Kind
 
 Per = Literal["sample", "microbatch"]
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-"""What a pass that only looks needs of a batch; labels would cost the loss of every logit."""
+"""What a pass that only looks needs of a batch, in the order of transformers' forward; labels would cost the loss of
+every logit."""
 
 
 def sample_matrix(
@@ -77,6 +78,8 @@ class ActivationRecorder:
         self._members: Tensor | None = None
         self._rows = True
         self._seen: dict[str, Tensor] = {}
+        self._in_graph: frozenset[str] = frozenset()
+        """Blocks whose activations are part of the last pass's graph."""
         self._gate_fallback: set[str] = set()
         self.reset()
         self._handles = [
@@ -91,15 +94,14 @@ class ActivationRecorder:
         if block.kind == "heads":
 
             def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                if self._active:
-                    heads = args[0].unflatten(-1, (block.ranked, block.width))  # [B, S, H, D]
-                    self._seen[block.name] = self._per_sample(heads)
+                if self._looks_at(block):
+                    self._see(block, args[0].unflatten(-1, (block.ranked, block.width)))  # [B, S, H, D]
 
             return module.register_forward_pre_hook(before)
 
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            if self._active:
-                self._seen[block.name] = self._per_sample(output.unsqueeze(-1))
+            if self._looks_at(block):
+                self._see(block, output.unsqueeze(-1))
 
         return module.register_forward_hook(after)
 
@@ -109,14 +111,24 @@ class ActivationRecorder:
         activation = self.model.get_submodule(block.probe)
 
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            if self._active:
+            if self._looks_at(block):
                 gate = output[..., block.gate_offset : block.gate_offset + block.components]
                 with contextlib.nullcontext() if self.differentiable else torch.no_grad():
                     gate = activation.forward(gate)  # not __call__, which would fire our own hook on it
-                self._seen[block.name] = self._per_sample(gate.unsqueeze(-1))
+                self._see(block, gate.unsqueeze(-1))
 
         self._gate_fallback.add(block.name)
         self._handles.append(self.model.get_submodule(block.gate).register_forward_hook(after))
+
+    def _looks_at(self, block: Block) -> bool:
+        return self._active or (block.name in self._in_graph and torch.is_grad_enabled())
+
+    def _see(self, block: Block, x: Tensor) -> None:
+        activations = self._per_sample(x)
+        # What gradient checkpointing recomputes does not count; but where activations are in the graph, it must
+        # compute again all that it computed the first time.
+        if self._active:
+            self._seen[block.name] = activations
 
     def _per_sample(self, x: Tensor) -> Tensor:
         """Squared norms per sample and unit: [B, S, units, width] -> float32 [n, units]."""
@@ -127,7 +139,8 @@ class ActivationRecorder:
         if self._members is None:
             return torch.linalg.vector_norm(x, dim=(1, 3), dtype=self._dtype(x)).square()
         by_token = x.to(self._dtype(x)).square().sum(-1).flatten(0, 1)  # [B * S, units]
-        return self._members.to(by_token.dtype) @ by_token
+        with torch.autocast(by_token.device.type, enabled=False):  # which would round the sums to bfloat16
+            return self._members.to(by_token.dtype) @ by_token
 
     @staticmethod
     def _dtype(x: Tensor) -> torch.dtype:
@@ -135,12 +148,12 @@ class ActivationRecorder:
 
     @torch.compiler.disable
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._seen = {}
-        self.penalty = None
+        self._seen, self._in_graph, self.penalty = {}, frozenset(), None
         self._active = self._forced or (self.model.training and torch.is_grad_enabled())
         if not self._active:
             return
-        inputs = kwargs.get("input_ids", args[0] if args else None)
+        kwargs = {**dict(zip(MODEL_INPUTS, args, strict=False)), **kwargs}
+        inputs = kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs["inputs_embeds"][..., 0]
         mask = kwargs.get("attention_mask")
@@ -161,6 +174,7 @@ class ActivationRecorder:
         if self.differentiable and self._seen:
             spread = [(a.std(1, correction=0) / a.mean(1)).mean() for a in self._seen.values() if len(a)]
             self.penalty = torch.stack(spread).mean()
+            self._in_graph = frozenset(self._seen)
         self._seen = {}
 
     def _count(self, name: str, activations: Tensor) -> None:

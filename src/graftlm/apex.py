@@ -55,6 +55,8 @@ class Apex:
 
         Raises UserError if the model cannot be expanded, K is too large for disjoint sets, or the budget too small.
         """
+        if hasattr(model, CONTAINER):
+            raise UserError("this model already has an Apex; call its finish() before making another")
         self.model = model
         self.config = config = config or ApexConfig()
         self.anatomy = read_anatomy(model)
@@ -80,8 +82,12 @@ class Apex:
         self.optimizer: torch.optim.Optimizer | None = None
         self._pulled = False
         self._handles: list[Any] = []
-        self._groups: list[tuple[int, Tie]] = []
-        self._multipliers: list[tuple[int, float]] = []
+        self._groups: list[tuple[int, int]] = []
+        """Parameter group of each operator (of all, where they share a rate), with the place of its tie."""
+        self._multipliers: list[float] = []
+        """Operator learning rate over the learning rate, by tie; set when a stage begins."""
+        self._rates: dict[int, Any] = {}
+        """During a step: the learning rates that its groups had before."""
 
     # -- construction ---------------------------------------------------------------------------------------------
 
@@ -97,8 +103,6 @@ class Apex:
         return [Tie(self.model, block, group, size, config.operator, config.authors_diagonals) for group in groups]
 
     def _join_model(self) -> None:
-        if hasattr(self.model, CONTAINER):
-            raise UserError("this model already has an Apex; call its finish() before making another")
         self.model.add_module(CONTAINER, self.container)
 
         def drop(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -183,26 +187,25 @@ class Apex:
         ]
         if not self.choices:
             self.begin_stage()
-        self._multipliers = [(group, self._multiplier(tie)) for group, tie in self._groups]
 
     def _regroup(self, optimizer: torch.optim.Optimizer) -> None:
+        has = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in has for p in self.container.parameters()):
+            raise UserError(
+                "apex: the optimizer lacks the operators or slices; make it over model.parameters() after Apex(model)"
+            )
         ours = {id(p) for tie in self.ties for p in tie.parameters()}
         template: dict[str, Any] = {}
-        found = 0
         for group in optimizer.param_groups:
             kept = [p for p in group["params"] if id(p) not in ours]
             if len(kept) < len(group["params"]):
-                found += len(group["params"]) - len(kept)
                 template = {k: v for k, v in group.items() if k != "params"}
                 group["params"] = kept
-        if found != len(ours):
-            raise UserError(
-                "apex: the optimizer lacks the operators; make it over model.parameters() after Apex(model)"
-            )
-        sets = [[tie] for tie in self.ties] if self.config.operator_learning_rate == "auto" else [self.ties]
+        places = range(len(self.ties))
+        sets = [[i] for i in places] if self.config.operator_learning_rate == "auto" else [list(places)]
         self._groups = []
         for ties in sets:
-            parameters = [p for tie in ties for p in tie.parameters()]
+            parameters = [p for i in ties for p in self.ties[i].parameters()]
             if parameters:
                 optimizer.add_param_group({**template, "params": parameters, "weight_decay": 0.0})
                 self._groups.append((len(optimizer.param_groups) - 1, ties[0]))
@@ -227,7 +230,7 @@ class Apex:
             self.slices.choose(self.choices, self.sizes)
         for i, expansion in enumerate(self.expansions):
             expansion.begin(self.choices[expansion.block.name], self._generator(i))
-        self._multipliers = [(group, self._multiplier(tie)) for group, tie in self._groups]
+        self._multipliers = [self._multiplier(tie) for tie in self.ties]
         if self.optimizer is not None:
             for parameter in self.container.parameters():
                 self.optimizer.state.pop(parameter, None)
@@ -259,15 +262,16 @@ class Apex:
     def _before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         if not self._pulled:
             raise UserError("apex: call pull_back() after backward() and before clipping and optimizer.step()")
-        for group, multiplier in self._multipliers:
-            optimizer.param_groups[group]["lr"] *= multiplier
+        self._rates = {group: optimizer.param_groups[group]["lr"] for group, _ in self._groups}
+        for group, tie in self._groups:
+            optimizer.param_groups[group]["lr"] = self._rates[group] * self._multipliers[tie]
         if self.slices is None:
             for expansion in self.expansions:
                 expansion.restore()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        for group, multiplier in self._multipliers:
-            optimizer.param_groups[group]["lr"] /= multiplier
+        for group, rate in self._rates.items():
+            optimizer.param_groups[group]["lr"] = rate  # as it was: multiplying back would round
         if self.slices is not None:
             for expansion in self.expansions:
                 expansion.restore()
@@ -320,6 +324,8 @@ class Apex:
         """Everything but the model's and the optimizer's own state, as tensors by name."""
         state = {f"clock.{k}": torch.tensor(v) for k, v in self.clock.state().items()}
         state |= {f"container.{k}": v for k, v in self.container.state_dict().items()}
+        # Not computed anew on loading: by then operators and weights have moved.
+        state["multipliers"] = torch.tensor(self._multipliers, dtype=torch.float64)
         state |= {f"recorder.{k}": v for k, v in self.recorder.state_dict().items()}
         for name, choice in self.choices.items():
             state |= {f"choice.{name}.{k}": v for k, v in vars(choice).items()}
@@ -336,6 +342,7 @@ class Apex:
 
         self.clock.load_state(part("clock."))
         self.recorder.load_state_dict(part("recorder."))
+        self._multipliers = state["multipliers"].tolist()
         raw = part("raw.")
         self.choices = {}
         for expansion in self.expansions:

@@ -113,7 +113,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rewarmup_ratio": 0.005,
         "stage_by": "epochs",
         "stages": 2,
-        "trains": "small",
+        "trains": "half",
     },
 }
 

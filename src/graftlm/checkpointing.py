@@ -1,8 +1,9 @@
 """Tensors and optimizer state on disk: safetensors and JSON, atomic, never pickle."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,26 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def load_tensors_and_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
+    with _open(path) as file:
+        return {k: file.get_tensor(k) for k in file.keys()}, json.loads((file.metadata() or {}).get("json", "null"))  # noqa: SIM118
+
+
+def check_tensors(path: str | os.PathLike[str]) -> None:
+    """Raise UserError if a safetensors file is missing or shorter than its header says; reads the header only."""
+    with _open(path):
+        pass
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
+    mend = f"delete the checkpoint {Path(path).parent} and go on from an earlier one"
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; this checkpoint is not complete, go on from an earlier one")
+        raise UserError(f"{path}: no such file; {mend}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads((file.metadata() or {}).get("json", "null"))  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: torn or not ours ({error}); delete this checkpoint and go on from an earlier one"
-        ) from error
+        raise UserError(f"{path}: torn or not ours ({error}); {mend}") from error
 
 
 def save_optimizer(path: str | os.PathLike[str], optimizer: torch.optim.Optimizer, extra: Any = None) -> None:

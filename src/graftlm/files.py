@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from graftlm.errors import UserError
 
 
@@ -21,21 +23,20 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _plain_disk_errors(path: Path) -> Iterator[None]:
+def plain_disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's word on a full or read-only disk into a line that says what to do."""
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says in an error of its own
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"cannot write {path}: {reason}; free space or choose another folder") from error
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary file name beside `path`; on success it is fsynced and renamed to `path`, else removed."""
     path = Path(path)
-    with _plain_disk_errors(path):
+    with plain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
@@ -59,7 +60,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     A folder that stands at `path` is moved aside first and removed only after the new one is in place.
     """
     path = Path(path)
-    with _plain_disk_errors(path):
+    with plain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         old = temporary.with_name(temporary.name + ".old")

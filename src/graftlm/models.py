@@ -121,12 +121,9 @@ def save_model(
     `AutoModelForCausalLM.from_pretrained(folder)` reopens it with the same bits. A checkpoint that stands at `folder`
     is replaced only when the new one is complete. Raises UserError when the disk is full or cannot be written.
     """
-    with atomic_folder(folder) as temporary:
-        try:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        except SafetensorError as error:  # it hides the OSError that atomic_folder knows how to report
-            raise UserError(f"cannot write {folder}: {error}; free space or choose another folder") from error
+    with atomic_folder(folder) as temporary, quiet_transformers():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         if card is not None:
             write_text(temporary / "README.md", card)
 
@@ -169,13 +166,16 @@ def _packaged_gguf(name: str, package: str) -> Path:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Only errors of transformers are logged: its reports take many lines, and ours say the same in one."""
+    """Only errors of transformers are logged, and it draws no bars (the Hub's, of downloads, stay): its reports take
+    many lines, and ours say the same in one."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    hook = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: transformers_logging.EmptyTqdm(*args, **kwargs))
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        transformers_logging.set_tqdm_hook(hook)
 
 
 @contextlib.contextmanager

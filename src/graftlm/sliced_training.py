@@ -25,11 +25,6 @@ class SlicedTraining(nn.Module):
         self._model = [model]  # in a list, so that it does not become a submodule of its own submodule
         self._budget = budget
         self._expansions = list(expansions)
-        self._trained_before = [p for p in model.parameters() if p.requires_grad]
-        model.requires_grad_(False)
-        if budget.embeddings:
-            for parameter in embedding_parameters(model):
-                parameter.requires_grad_(True)
         counts: dict[str, int] = {}
         self._dims: dict[str, int] = {}
         for expansion in self._expansions:
@@ -49,6 +44,12 @@ class SlicedTraining(nn.Module):
         self.slices = nn.ModuleDict(
             {_key(m): Slice(linear(model, m), self._dims[m], n) for m, n in counts.items() if n > 0}
         )
+        # Only now, when nothing can fail any more and leave the model frozen.
+        self._trained_before = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        if budget.embeddings:
+            for parameter in embedding_parameters(model):
+                parameter.requires_grad_(True)
         self._plans: dict[str, Plan] = {}
         self._undo: list[Callable[[], None]] = []
 

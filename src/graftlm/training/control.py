@@ -4,8 +4,10 @@ Its own process gives it its own peak of memory, and the first run's memory back
 """
 
 import dataclasses
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ def run_control(config: RunConfig, stage_starts: Sequence[int], *, resume: bool)
         given = folder / "given.yaml"
         write_text(given, dump_yaml(control))
         command = [sys.executable, "-m", "graftlm.training.control", str(given), *(["--resume"] if resume else [])]
-        status = subprocess.run(command, check=False).returncode
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            status = process.wait()
         if status != 0:
             raise UserError(
                 f"the control stopped (exit code {status}), see above; the run itself is whole, and "
@@ -44,7 +47,15 @@ def run_control(config: RunConfig, stage_starts: Sequence[int], *, resume: bool)
     return summary
 
 
+def _end_with_parent() -> None:
+    """Leave when the pipe to the parent closes: killed with -9, it could not tell, and a control left behind would
+    write beside the one that --resume starts."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 def main(arguments: Sequence[str]) -> int:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from graftlm.training.run import train_one  # here: run.py imports this module
 
     try:

@@ -9,28 +9,29 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from graftlm.files import write_text
+from graftlm.files import plain_disk_errors
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl. After a kill, lines beyond the checkpoint gone on from are cut off first."""
+    """Appends to metrics.jsonl."""
 
-    def __init__(self, path: Path, *, keep_until_step: int | None = None):
+    def __init__(self, path: Path):
         self.path = path
-        kept = []
-        if keep_until_step is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= keep_until_step:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    break  # a line torn by the kill, with nothing after it
-        write_text(path, "".join(line + "\n" for line in kept))
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far, all of them on disk: what a checkpoint keeps for `rewind`."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def rewind(self, size: int) -> None:
+        """Cut off what was written after the first `size` bytes: a run goes on from there, and will write it again."""
+        with plain_disk_errors(self.path), self.path.open("ab") as file:
+            file.truncate(min(size, self.size))
 
     def write(self, **values: Any) -> None:
         """Append one line. Numbers that JSON has no word for (NaN) become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with plain_disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
             file.flush()
             os.fsync(file.fileno())

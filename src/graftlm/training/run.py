@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from graftlm.activations import ActivationRecorder
 from graftlm.anatomy import read_anatomy
-from graftlm.checkpointing import save_tensors
 from graftlm.configuring import config_to_dict, dump_yaml, load_config
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
-from graftlm.files import read_json, write_json, write_text
+from graftlm.files import atomic_path, read_json, remove_unfinished, write_json, write_text
 from graftlm.models import check_vocabulary, load_model, load_tokenizer, save_model
 from graftlm.reporting.card import model_card
 from graftlm.reporting.report import make_report
@@ -27,7 +27,7 @@ from graftlm.training.control import run_control
 from graftlm.training.data import PreparedData, prepare_data
 from graftlm.training.metrics import Display, MetricsLog
 from graftlm.training.plan import compare_plan, estimate
-from graftlm.training.run_trainer import RunTrainer, list_checkpoints
+from graftlm.training.run_trainer import RunTrainer, check_checkpoint, list_checkpoints
 
 # What may differ between a run and its --resume without changing a weight.
 FREE_ON_RESUME = {"control", "save_total_limit", "report_to", "logging_steps", "per_device_eval_batch_size"}
@@ -70,9 +70,9 @@ def train_one(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     total_parameters = sum(p.numel() for p in model.parameters())
     use_cache = model.config.use_cache
     model.config.use_cache = False  # packed documents are kept apart only without a cache
-    trainer = _make_trainer(config, run, model, data, display, checkpoint)
-    if config.method == "full" or config.apex.assessment == "random":
-        before = _watch(trainer, config)
+    trainer = _make_trainer(config, run, model, data, display)
+    if checkpoint or config.method == "full" or config.apex.assessment == "random":
+        before, _ = _watch(trainer, config)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
@@ -102,6 +102,10 @@ def _open_folder(config: RunConfig, run: Path, resume: bool) -> Path | None:
         _check_same_config(config, run)
     if resume and not checkpoints:
         print(f"{run} has no checkpoint yet; starting from the beginning", file=sys.stderr)
+    if checkpoints:
+        check_checkpoint(checkpoints[-1])
+    for folder in (run, run / "checkpoints"):
+        remove_unfinished(folder)
     write_text(run / "config.yaml", dump_yaml(config))
     write_json(run / "environment.json", describe_environment())
     return checkpoints[-1] if checkpoints else None
@@ -131,7 +135,7 @@ def _tell_data(display: Display, data: PreparedData) -> None:
 
 
 def _make_trainer(
-    config: RunConfig, run: Path, model: PreTrainedModel, data: PreparedData, display: Display, checkpoint: Path | None
+    config: RunConfig, run: Path, model: PreTrainedModel, data: PreparedData, display: Display
 ) -> RunTrainer:
     trainer = RunTrainer(
         model=model,
@@ -150,22 +154,21 @@ def _make_trainer(
     if config.method == "full":
         trainer.schedule_config = config.apex
         trainer.stage_starts = list(config.stage_starts) or None
-    step = int(checkpoint.name.removeprefix("step-")) if checkpoint else None
-    trainer.metrics = MetricsLog(run / "metrics.jsonl", keep_until_step=step)
+    trainer.metrics = MetricsLog(run / "metrics.jsonl")
     return trainer
 
 
 Activations = dict[Any, dict[int, Tensor]]
 
 
-def _watch(trainer: RunTrainer, config: RunConfig) -> Activations:
-    """Mean activations on the sequences that an assessment before training would see."""
+def _watch(trainer: RunTrainer, config: RunConfig) -> tuple[Activations, int]:
+    """Mean activations on the sequences that an assessment before training would see, and how many those are."""
     model: nn.Module = trainer.model
     shares = {"heads": config.apex.k_heads, "channels": config.apex.k_channels}
     recorder = ActivationRecorder(model, read_anatomy(model), shares, config.apex.assess_per)  # type: ignore[arg-type]
-    recorder.run(trainer.assessment_batches(config.apex.assess_samples))
+    sequences = recorder.run(trainer.assessment_batches(config.apex.assess_samples))
     recorder.close()
-    return recorder.mean_activations()
+    return recorder.mean_activations(), sequences
 
 
 def _finish(
@@ -188,11 +191,12 @@ def _finish(
         apex.finish()
         loss = trainer.stages[-1]["eval_loss_after_fusion"] = trainer.evaluate_now("after_fusion")
     peak = _peak_memory()
-    after = _watch(trainer, config)
+    after, sequences = _watch(trainer, config)
     tables = {"before": before, "after": after}
     flat = {f"{when}/{kind}/{layer}": values.float() for when, kinds in tables.items()
             for kind, layers in kinds.items() for layer, values in layers.items()}  # fmt: skip
-    save_tensors(run / "activations.safetensors", flat, config.apex.assess_samples)
+    with atomic_path(run / "activations.safetensors") as temporary:
+        save_file(flat, temporary, metadata={"samples": str(sequences)})
     summary: dict[str, Any] = {
         "method": config.method,
         "model": config.model,

@@ -4,6 +4,7 @@ import contextlib
 import random
 import shutil
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,16 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from graftlm.activations import count_tokens
 from graftlm.apex import Apex
-from graftlm.checkpointing import load_optimizer, load_tensors_and_metadata, save_optimizer, save_tensors
+from graftlm.checkpointing import (
+    check_tensors,
+    load_optimizer,
+    load_tensors_and_metadata,
+    save_optimizer,
+    save_tensors,
+)
 from graftlm.errors import UserError
-from graftlm.files import atomic_folder
+from graftlm.files import atomic_folder, read_json
+from graftlm.models import quiet_transformers
 from graftlm.training.metrics import Display, MetricsLog
 from graftlm.training.trainer import APEX_FILE, ApexTrainer
 
@@ -115,7 +123,10 @@ class RunTrainer(ApexTrainer):
         self.eval_loss_start: float | None = None
         self.stages: list[dict[str, Any]] = []
         self._clock: float | None = None
-        self._logged = (0, 0.0)
+        self._loss = 0.0
+        """Sum of the losses of all steps."""
+        self._logged = (0, 0, 0.0, 0.0)
+        """Step, tokens, seconds and sum of losses when metrics were last logged."""
         self.remove_callback(PrinterCallback)  # Display says it better
         # Before the mixin's own: a step's time is taken before a stage ends, and saving is asked for after.
         self.callback_handler.callbacks.insert(0, _Recording(self))
@@ -151,29 +162,35 @@ class RunTrainer(ApexTrainer):
             return None
         with self.compute_loss_context_manager():
             loss = mean_loss(self.model, self.batches(self.evaluation, self.evaluation_batch_size))
-        self._write(event="eval", when=when, loss=loss)
+        self._write(event="eval", when=when, loss=loss, stage=self.apex.clock.stage if self.apex is not None else 0)
+        training_log_due = self.control.should_log
         self.log({"eval_loss": loss})
+        self.control.should_log = training_log_due  # Trainer takes any log for the one that was due
         return loss
 
-    def _write(self, **values: Any) -> None:
+    def _write(self, *, stage: int, **values: Any) -> None:
         assert self.metrics is not None
         position = {"step": self.state.global_step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
-        stage = self.apex.clock.stage if self.apex is not None else 0
         self.metrics.write(**values, **position, stage=stage)
 
     def log_training(self, logs: Mapping[str, float]) -> None:
-        tokens, seconds = self.tokens - self._logged[0], self.seconds - self._logged[1]
-        self._logged = (self.tokens, self.seconds)
+        now = (self.state.global_step, self.tokens, self.seconds, self._loss)
+        steps, tokens, seconds, losses = (new - old for new, old in zip(now, self._logged, strict=True))
+        self._logged = now
         rate = tokens / seconds if seconds > 0 else 0.0
+        loss = losses / steps  # not Trainer's, which knows nothing of steps before a resume
+        step, total = self.state.global_step, self.state.max_steps
+        # The stage that the step was taken in: another may have begun since.
+        stage = bisect_left(self.apex.clock.starts, step) - 1 if self.apex is not None else 0
         self._write(
             event="train",
-            loss=logs["loss"],
+            loss=loss,
             learning_rate=logs.get("learning_rate"),
             grad_norm=logs.get("grad_norm"),
             tokens_per_second=round(rate, 1),
+            stage=stage,
         )
-        step, total = self.state.global_step, self.state.max_steps
-        self.display.figures(step, total, logs["loss"], rate, self.seconds / max(1, step) * (total - step))
+        self.display.figures(step, total, loss, rate, self.seconds / max(1, step) * (total - step))
 
     # -- the story of a run ---------------------------------------------------------------------------------------
 
@@ -183,6 +200,8 @@ class RunTrainer(ApexTrainer):
             super().assess(apex)
 
     def begin_run(self) -> None:
+        assert self.metrics is not None
+        self.metrics.rewind(0)
         self.eval_loss_start = self.evaluate_now("start")
         if self.apex is not None:
             self._tell_stage(self.eval_loss_start)
@@ -233,7 +252,14 @@ class RunTrainer(ApexTrainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             self.refuse("the loss")
+        self._loss += float(loss)
         return loss
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed from the last step's checkpoint: Trainer would take one step more before it sees that
+            self.control.should_training_stop = True
 
     def refuse(self, what: str) -> None:
         raise UserError(
@@ -246,15 +272,19 @@ class RunTrainer(ApexTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything of this moment, in one folder that is there whole or not at all."""
         folder = self.run / "checkpoints" / f"step-{self.state.global_step}"
+        assert self.metrics is not None
         with atomic_folder(folder) as temporary:
-            self.model.save_pretrained(temporary)
+            with quiet_transformers():
+                self.model.save_pretrained(temporary)
             scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
             told = {
                 "tokens": self.tokens,
                 "seconds": self.seconds,
                 "stages": self.stages,
                 "eval_loss_start": self.eval_loss_start,
+                "loss": self._loss,
                 "logged": list(self._logged),
+                "metrics_bytes": self.metrics.size,
             }
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
             save_optimizer(temporary / OPTIMIZER_FILE, optimizer, {"scheduler": scheduler, "run": told})
@@ -265,6 +295,9 @@ class RunTrainer(ApexTrainer):
         for old in list_checkpoints(self.run)[: -(self.args.save_total_limit or 1)]:
             shutil.rmtree(old)
 
+    def save_apex(self, checkpoint: str) -> None:
+        """Done: it is part of _save_checkpoint, so that a checkpoint is whole or not there."""
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
@@ -273,7 +306,10 @@ class RunTrainer(ApexTrainer):
         self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **extra["scheduler"]})
         told = extra["run"]
         self.tokens, self.seconds, self.stages = told["tokens"], told["seconds"], told["stages"]
-        self.eval_loss_start, self._logged = told["eval_loss_start"], tuple(told["logged"])
+        self.eval_loss_start = told["eval_loss_start"]
+        self._loss, self._logged = told["loss"], tuple(told["logged"])
+        assert self.metrics is not None
+        self.metrics.rewind(told["metrics_bytes"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -284,6 +320,13 @@ def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first; names that begin with a dot were being written when the run was killed."""
     found = [p for p in (run / "checkpoints").glob("step-*") if (p / STATE_FILE).is_file()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Raise UserError, naming the file and what to do, if a file of `checkpoint` is missing or torn."""
+    read_json(checkpoint / STATE_FILE)
+    for file in sorted({checkpoint / OPTIMIZER_FILE, checkpoint / RANDOM_FILE, *checkpoint.glob("*.safetensors")}):
+        check_tensors(file)
 
 
 def _save_random_state(path: Path) -> None:

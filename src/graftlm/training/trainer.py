@@ -39,9 +39,7 @@ class _Stages(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._trainer.apex is not None and args.should_save:
-            save_tensors(
-                f"{args.output_dir}/checkpoint-{state.global_step}/{APEX_FILE}", self._trainer.apex.state_dict()
-            )
+            self._trainer.save_apex(f"{args.output_dir}/checkpoint-{state.global_step}")
 
 
 class ApexMixin:
@@ -77,6 +75,11 @@ class ApexMixin:
         """Fuse the last stage and take everything of APEX off the model."""
         if self.apex is not None:
             self.apex.finish()
+
+    def save_apex(self, checkpoint: str) -> None:
+        """Put Apex beside what Trainer has saved in the folder `checkpoint`."""
+        assert self.apex is not None
+        save_tensors(f"{checkpoint}/{APEX_FILE}", self.apex.state_dict())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         trainer: Any = self

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from graftlm.errors import UserError
 from graftlm.files import atomic_folder, read_json, write_json
 from graftlm.training.data.packing import Block
 from graftlm.training.data.statistics import Counts
@@ -135,7 +136,10 @@ def cached_blocks(
             train.close()
             held_out.close()
             write_json(temporary / COUNTS, asdict(counts))
-    return BlockFile(folder / TRAIN), BlockFile(folder / HELD_OUT), Counts(**read_json(folder / COUNTS))
+    try:
+        return BlockFile(folder / TRAIN), BlockFile(folder / HELD_OUT), Counts(**read_json(folder / COUNTS))
+    except (OSError, pa.ArrowInvalid, UserError) as error:
+        raise UserError(f"{folder}: the cache is damaged ({error}); delete that folder and start again") from error
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -23,6 +23,8 @@ Span = tuple[int, int]
 Tokens = tuple[np.ndarray, np.ndarray]
 """input_ids int32 [n] and the assistant mask bool [n]."""
 
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError)
+"""What a template raises that does not like its messages."""
 REWRITES = (
     "the chat template renders earlier turns differently once later ones follow (it strips thinking, say), so the "
     "assistant's tokens cannot be found; set chat_template to a Jinja file with {% generation %} markers"
@@ -45,8 +47,9 @@ class ChatEncoder:
         self.template = tokenizer.get_chat_template()
         self._added = set(tokenizer.get_added_vocab())
         if not has_generation_markers(self.template):
-            # ValueError: a template that TRL does not know, so prefixes it is.
-            with contextlib.suppress(ValueError, jinja2.TemplateError):
+            # ValueError: a template that TRL does not know, so prefixes it is. TRL tries it on messages of its own,
+            # which a template may refuse in other ways.
+            with contextlib.suppress(*TEMPLATE_ERRORS):
                 self.template = get_training_chat_template(tokenizer) or self.template
         # transformers finds marked spans with character offsets, which only fast tokenizers give.
         self.marked = has_generation_markers(self.template) and tokenizer.is_fast
@@ -88,7 +91,7 @@ class ChatEncoder:
         }
         try:
             rendered: Any = render_jinja_template(**options)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        except TEMPLATE_ERRORS as error:
             raise UserError(
                 f"{conversation.where}: the chat template refuses this conversation ({error}); mend or remove the row, "
                 "or set chat_template"

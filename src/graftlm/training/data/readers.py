@@ -48,7 +48,7 @@ def suffix(path: Path) -> str:
     return path.suffix.lower()
 
 
-def pieces(read: Callable[[int], str], size: int = PIECE_CHARACTERS) -> Iterator[tuple[str, bool]]:
+def pieces(read: Callable[[int], str], size: int) -> Iterator[tuple[str, bool]]:
     """Cut a text into (piece, is the last one) of about `size` characters at most, at paragraph borders where it can.
 
     The last piece may be empty. Joined, the pieces are the text.
@@ -66,7 +66,7 @@ def pieces(read: Callable[[int], str], size: int = PIECE_CHARACTERS) -> Iterator
 def _border(text: str, size: int) -> int:
     """Where to cut: after a blank line, else after a line, else before a space, in the second half of `size`."""
     for mark, skip in (("\n\n", 2), ("\n", 1), (" ", 0)):
-        at = text.rfind(mark, size // 2, size)
+        at = text.rfind(mark, max(1, size // 2), size)
         if at >= 0:
             return at + skip
     return size
@@ -79,7 +79,7 @@ def split_row(row: Row, text_field: str) -> Iterator[Row]:
         yield row
         return
     first = True
-    for piece, last in pieces(io.StringIO(text).read):
+    for piece, last in pieces(io.StringIO(text, newline="").read, PIECE_CHARACTERS):
         yield Row({text_field: piece}, row.where, first, last)
         first = False
 
@@ -149,7 +149,7 @@ def _open(path: Path) -> IO[str]:
 def _read_text(path: Path, text_field: str) -> Iterator[Row]:
     with _open(path) as file:
         first = True
-        for piece, last in pieces(file.read):
+        for piece, last in pieces(file.read, PIECE_CHARACTERS):
             if "\0" in piece:
                 raise UserError(f"{path}: a binary file (it holds NUL bytes); name a text file, .jsonl or .parquet")
             yield Row({text_field: piece}, str(path), first, last)
