@@ -347,7 +347,7 @@ for config in (whole, streamed)[: int(sys.argv[4])]:
 
 
 def peak_growth(path, tmp_path, ways):
-    """Tokens, and how much memory (MB) a process gains while it prepares and reads `path`: cached, then (2) streamed."""
+    """Tokens, and the memory (MB) a process gains while it prepares and reads `path`: cached, then (2) streamed."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-c", GROWTH, os.path.dirname(__file__), str(path), str(tmp_path / "cache"), str(ways)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

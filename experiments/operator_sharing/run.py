@@ -31,7 +31,7 @@ def run(variant: str, seed: int, work: Path) -> dict[str, float]:
     folder = work / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
     if not (folder / "summary.json").exists():
         library = json.dumps(sysconfig.get_path("stdlib"))
-        settings = [f"data.path={library}", f"eval_data.path={library}", f"seed={seed}", f"apex.seed={seed}"]
+        settings = [f"data.path={library}", f"eval_data.path={library}", f"seed={seed}"]
         command = [sys.executable, "-m", "graftlm", "train", str(HERE / "config.yaml"), f"output_dir={folder}"]
         subprocess.run([*command, "--resume", *settings, *VARIANTS[variant]], check=True, stdout=subprocess.DEVNULL)
     found: dict[str, float] = read_json(folder / "summary.json")

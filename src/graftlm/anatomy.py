@@ -129,17 +129,26 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
     """The nn.Linear called `name` (KeyError-free: looked up by path each time, since wrappers replace parameters)."""
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear):
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise UserError(f"{name} is a {kind}, not nn.Linear; expansion needs plain, unquantised linear layers")
+    if module.weight.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise UserError(
-            f"{name} is a {type(module).__name__}, not nn.Linear; expansion needs unquantised linear layers"
+            f"{name} holds {module.weight.dtype}, which is quantised; load the model in bfloat16 or float32"
         )
     return module
 
 
 def _has(layer: nn.Module, path: str) -> bool:
     try:
-        return isinstance(layer.get_submodule(path), nn.Linear)
+        layer.get_submodule(path)
     except AttributeError:
         return False
+    return True
+
+
+def _fits(layers: nn.ModuleList, *paths: str) -> bool:
+    """Whether any layer has all of `paths`: in a mixture of experts, only some layers may have one FFN."""
+    return any(all(_has(layer, path) for path in paths) for layer in layers)
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -224,13 +233,8 @@ def _layout(
     model_type = getattr(_text_config(model), "model_type", "")
     if model_type in FAMILIES:
         return *FAMILIES[model_type], []
-    first = layers[0]
-    attention = next(
-        (n for n in (SPLIT_ATTENTION, FUSED_ATTENTION) if _has(first, n.values) and _has(first, n.output)), None
-    )
-    feed_forward = next(
-        (n for n in (SPLIT_FEED_FORWARD, FUSED_FEED_FORWARD) if _has(first, n.gate) and _has(first, n.down)), None
-    )
+    attention = next((n for n in (SPLIT_ATTENTION, FUSED_ATTENTION) if _fits(layers, n.values, n.output)), None)
+    feed_forward = next((n for n in (SPLIT_FEED_FORWARD, FUSED_FEED_FORWARD) if _fits(layers, n.gate, n.down)), None)
     return (
         attention,
         feed_forward,

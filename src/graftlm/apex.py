@@ -167,7 +167,7 @@ class Apex:
 
     def _generator(self, block: int) -> torch.Generator:
         """One stream of random numbers per seed, stage and block: what a run draws does not depend on its history."""
-        seed = (self.config.seed * 1_000_003 + self.clock.stage) * 1_000_003 + block
+        seed = ((self.config.seed or 0) * 1_000_003 + self.clock.stage) * 1_000_003 + block
         return torch.Generator().manual_seed(seed)
 
     # -- stages ---------------------------------------------------------------------------------------------------

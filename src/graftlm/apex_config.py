@@ -55,8 +55,8 @@ class ApexConfig:
     """Trainable share of all parameters for half (None: 0.52) and small (None: 0.024), operators included."""
     activation_regularization: float = 0.0
     """Weight of a penalty on sigma / mean of each module's activations (table 7, where it fails)."""
-    seed: int = 0
-    """Seed of the operators' D and of random scores."""
+    seed: int | None = None
+    """Seed of the operators' D and of random scores; None: the run's seed (0 outside a run)."""
 
     def __post_init__(self) -> None:
         for name in ("k_heads", "k_channels"):

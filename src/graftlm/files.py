@@ -13,6 +13,9 @@ from safetensors import SafetensorError
 
 from graftlm.errors import UserError
 
+UNFINISHED = ".unfinished-"
+"""Part of the name of everything that is being written."""
+
 
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -38,7 +41,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     with plain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{UNFINISHED}")
         os.close(handle)
         temporary = Path(name)
         try:
@@ -62,7 +65,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     with plain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{UNFINISHED}"))
         old = temporary.with_name(temporary.name + ".old")
         try:
             yield temporary
@@ -81,6 +84,15 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Remove what atomic_path and atomic_folder were writing in `folder` when a process was killed."""
+    for left in Path(folder).glob(f".*{UNFINISHED}*"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

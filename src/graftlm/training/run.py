@@ -3,6 +3,7 @@
 import gc
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def train_one(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     code = {"trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model, chat_template=config.chat_template, **code)
     data = prepare_data(config, tokenizer)
+    _check_same_data(run, data)
     model = load_model(config.model, dtype=config.dtype, attn_implementation=config.attn_implementation, **code)
     check_vocabulary(model, tokenizer)
     display = Display("control" if run.name == "control" else config.method)
@@ -121,6 +123,18 @@ def _check_same_config(config: RunConfig, run: Path) -> None:
         )
 
 
+def _check_same_data(run: Path, data: PreparedData) -> None:
+    """A resumed run, and a control, must see the tokens that the run began with."""
+    for folder in (run, run.parent) if run.name == "control" else (run,):
+        path = folder / "data.json"
+        if path.exists() and read_json(path)["fingerprint"] != data.fingerprint:
+            raise UserError(
+                f"{folder}: the data (or the tokenizer) has changed since this run began, so it would not see the same "
+                "tokens; put the files back as they were, or start again with another output_dir"
+            )
+    write_json(run / "data.json", {"fingerprint": data.fingerprint})
+
+
 def _tell_data(display: Display, data: PreparedData) -> None:
     found = data.statistics
     known = (
@@ -137,12 +151,13 @@ def _tell_data(display: Display, data: PreparedData) -> None:
 def _make_trainer(
     config: RunConfig, run: Path, model: PreTrainedModel, data: PreparedData, display: Display
 ) -> RunTrainer:
+    apex = replace(config.apex, seed=config.seed) if config.apex.seed is None else config.apex
     trainer = RunTrainer(
         model=model,
         args=training_arguments(config),
         train_dataset=data.train,
         data_collator=data.collator,
-        apex=config.apex if config.method == "apex" else None,
+        apex=apex if config.method == "apex" else None,
         run=run,
         evaluation=data.evaluation,
         evaluation_batch_size=config.per_device_eval_batch_size,

@@ -1,6 +1,7 @@
 """The trainer that `graftlm train` runs on: it measures, stops on NaN, and saves so that a kill loses nothing."""
 
 import contextlib
+import math
 import random
 import shutil
 import time
@@ -250,9 +251,10 @@ class RunTrainer(ApexTrainer):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         self.tokens += count_tokens(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
+        value = float(loss)
+        if not math.isfinite(value):
             self.refuse("the loss")
-        self._loss += float(loss)
+        self._loss += value
         return loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -297,6 +299,10 @@ class RunTrainer(ApexTrainer):
 
     def save_apex(self, checkpoint: str) -> None:
         """Done: it is part of _save_checkpoint, so that a checkpoint is whole or not there."""
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with quiet_transformers():  # it would tell of tied weights, which are in a checkpoint once
+            super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -15,8 +15,8 @@ class Collator:
     """Pads on the right and stacks; call it on a list of items. Returns int64 tensors of shape [batch, length].
 
     Rows with position_ids (documents kept apart): never an attention_mask, because transformers looks for boundaries in
-    position_ids only without one. Padding becomes a document of its own (positions from 0, labels -100), at the end,
-    where causal attention keeps it out of the rest.
+    position_ids only without one. Padding tokens become documents of one token each (position 0, labels -100), which
+    nothing else attends to and assessment does not count.
     Rows without: an attention_mask only if something is padded.
     """
 
@@ -32,13 +32,13 @@ class Collator:
             return {key: torch.from_numpy(value.astype(np.int64))[None] for key, value in joined.items()}
         lengths = [len(item["input_ids"]) for item in items]
         longest = max(lengths)
-        fill = {"input_ids": self.pad_token_id, "labels": IGNORE}
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0}
         batch = {}
         for key in items[0]:
             out = np.empty((len(items), longest), np.int64)
             for row, (item, length) in enumerate(zip(items, lengths, strict=True)):
                 out[row, :length] = item[key]
-                out[row, length:] = fill[key] if key in fill else np.arange(longest - length)
+                out[row, length:] = fill[key]
             batch[key] = torch.from_numpy(out)
         if not apart and min(lengths) < longest:
             batch["attention_mask"] = (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long()

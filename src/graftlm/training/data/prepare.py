@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from graftlm.errors import UserError
 from graftlm.training.config import RunConfig
 from graftlm.training.data.blocks import BlockDataset
+from graftlm.training.data.cache import cache_key, tokenizer_fingerprint
 from graftlm.training.data.collate import Collator
 from graftlm.training.data.materialise import prepare_cached
 from graftlm.training.data.pipeline import SourcePipeline
@@ -29,6 +30,8 @@ class PreparedData:
     collator: Collator
     statistics: DataStatistics
     task: Literal["cpt", "sft"]
+    fingerprint: str
+    """Changes when a file, the tokenizer or a setting does that decides what is read."""
 
 
 def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> PreparedData:
@@ -50,7 +53,9 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, progr
         train, evaluation, statistics = prepare_cached(config, pipelines, evaluated, progress)
     flash = (config.attn_implementation or "").startswith(("flash", "kernels-community/"))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return PreparedData(train, evaluation, Collator(pad, flatten=flash), statistics, task)
+    read = [pipeline.settings() for pipeline in [*pipelines, *evaluated]]
+    fingerprint = cache_key(tokenizer=tokenizer_fingerprint(tokenizer), sources=read, seed=config.seed)
+    return PreparedData(train, evaluation, Collator(pad, flatten=flash), statistics, task, fingerprint)
 
 
 def _task(config: RunConfig, pipelines: Sequence[SourcePipeline]) -> Literal["cpt", "sft"]:

@@ -1,0 +1,221 @@
+"""Killed with -9 at any moment and resumed, a run ends with the same bits as one that was left alone."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny_runs
+from tiny_runs import assert_same_run, files_of, model_with_dropout, read_metrics, read_summary, tiny_config
+
+from graftlm import cli
+from graftlm.configuring import dump_yaml
+from graftlm.training import run_trainer
+from graftlm.training.config import RunConfig
+from graftlm.training.run import train_one
+
+# Processes are forked from one that has imported everything and trained nothing: a start costs no seconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["graftlm.training.run", "transformers.models.llama.modeling_llama"])
+
+# Two epochs of 6 steps, so that the middle stage lies in both.
+KINDS = {
+    "full": {"apex": {"operator_learning_rate": "auto", "rewarmup_ratio": 0.1}},
+    "small": {"apex": {"trains": "small", "budget": 0.3, "activation_regularization": 0.01}},
+    "half": {"apex": {"trains": "half", "budget": 0.7, "stage_by": "epochs", "stage_length": 0.6}},
+    "control": {"method": "full", "stage_starts": (0, 4, 8), "apex": {"stage_learning_rates": (1e-3, 5e-4, 1e-4)}},
+}
+
+
+def make_config(folder: Path, kind: str, model: str) -> RunConfig:
+    folder.mkdir(exist_ok=True)
+    return tiny_config(folder, model=model, save_steps=2, max_steps=-1, num_train_epochs=2, **KINDS[kind])
+
+
+def start(config: RunConfig, **kwargs) -> int:
+    """Exit code of a run in a process of its own (tiny_runs.run_quietly)."""
+    process = PROCESSES.Process(target=tiny_runs.run_quietly, args=(config,), kwargs=kwargs)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_with_dropout(tmp_path_factory.mktemp("model") / "dropout")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model):
+    """whole(kind) is the folder of a run that was left alone, and how many moments it had."""
+    done = {}
+
+    def get(kind: str) -> tuple[Path, int]:
+        if kind not in done:
+            folder = tmp_path_factory.mktemp(kind)
+            assert start(make_config(folder, kind, model), count_to=folder / "moments") == 0
+            done[kind] = folder / "run", int((folder / "moments").read_text())
+        return done[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", ["full", "small", "control"])
+def test_killed_twice_and_resumed(kind, whole, model, tmp_path):
+    reference, moments = whole(kind)
+    config = make_config(tmp_path, kind, model)
+    for share in (0.4, 0.3):
+        assert start(config, kill_at=round(share * moments), resume=share < 0.4) == -signal.SIGKILL
+    assert start(config, resume=True) == 0
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_killed_between_a_stage_and_its_checkpoint(whole, model, tmp_path):
+    reference, _ = whole("full")
+    config = make_config(tmp_path, "full", model)
+    assert start(config, kill_at="step-4") == -signal.SIGKILL
+    checkpoints = tmp_path / "run" / "checkpoints"
+    complete, begun = sorted(p.name for p in checkpoints.iterdir())[::-1]
+    assert complete == "step-2"
+    assert begun.startswith(".step-4.")
+    assert any(line.get("when") == "after_fusion" for line in read_metrics(tmp_path / "run"))
+    assert start(config, resume=True) == 0
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_killed_after_the_last_step(whole, model, tmp_path):
+    """The last checkpoint has nothing left to train: not one step is taken again."""
+    reference, _ = whole("full")
+    config = make_config(tmp_path, "full", model)
+    assert start(config, kill_at="summary.json") == -signal.SIGKILL
+    assert start(config, resume=True) == 0
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_interrupted_run_says_how_to_go_on_and_does(whole, model, tmp_path, monkeypatch, capsys):
+    reference, _ = whole("control")
+    config = make_config(tmp_path, "control", model)
+    (tmp_path / "c.yaml").write_text(dump_yaml(config))
+
+    class Interrupted(run_trainer.RunTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 7:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("graftlm.training.run.RunTrainer", Interrupted)
+        assert cli.main(["train", str(tmp_path / "c.yaml")]) == 130
+    hint = capsys.readouterr().err.splitlines()[-1]
+    assert hint == f"graftlm: interrupted; go on with: graftlm train {tmp_path}/run/config.yaml --resume"
+    train_one(config, resume=True)
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_changed_settings_are_refused(whole, tmp_path, capsys):
+    reference, _ = whole("full")
+    before = files_of(reference)
+    words = ["train", str(reference / "config.yaml"), "--resume", "learning_rate=1e-4"]
+    assert cli.main(words) == 2
+    shown = capsys.readouterr().err
+    assert "learning_rate was 0.001 and is now 0.0001" in shown
+    assert shown.count("\n") == 1
+    assert files_of(reference) == before
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(whole, model, tmp_path, capsys):
+    reference, _ = whole("full")
+    config = make_config(tmp_path, "full", model)
+    assert start(config, kill_at="step-2") == -signal.SIGKILL
+    assert start(config, resume=True) == 0
+    assert_same_run(tmp_path / "run", reference)
+
+
+# --- slow: many moments, and the command line ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [(i + 0.5) / 12 for i in range(12)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_anywhere(kind, share, whole, model, tmp_path):
+    reference, moments = whole(kind)
+    config = make_config(tmp_path, kind, model)
+    assert start(config, kill_at=round(share * moments)) == -signal.SIGKILL
+    assert start(config, resume=True) == 0
+    assert_same_run(tmp_path / "run", reference)
+
+
+def command(config_file: Path, *words: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "graftlm", "train", str(config_file), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        text=True,
+    )
+
+
+def wait_for_step(metrics: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{metrics} never came to step {step}")
+
+
+@pytest.fixture
+def with_control(tmp_path, model):
+    """A config file of a run with a control."""
+    config = tiny_config(tmp_path, model=model, save_steps=2, max_steps=-1, num_train_epochs=2, control=True)
+    file = tmp_path / "c.yaml"
+    file.write_text(dump_yaml(config))
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_command_killed_and_resumed(step, with_control, tmp_path, tmp_path_factory, model):
+    other = tmp_path_factory.mktemp("whole")
+    config = tiny_config(other, model=model, save_steps=2, max_steps=-1, num_train_epochs=2)
+    assert start(config) == 0
+    process = command(with_control, "control=false")
+    wait_for_step(tmp_path / "run/metrics.jsonl", step)
+    process.kill()
+    process.communicate()
+    resumed = command(with_control, "control=false", "--resume")
+    assert resumed.wait() == 0, resumed.stdout.read()
+    ours = tmp_path / "run"
+    assert read_metrics(ours) == read_metrics(other / "run")
+    assert read_summary(ours) == read_summary(other / "run")
+    name = "model/model.safetensors"
+    assert (ours / name).read_bytes() == (other / "run" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["control", "run"])
+def test_killed_while_the_control_runs(victim, with_control, tmp_path, tmp_path_factory):
+    """A control that is killed is gone on with; and when the run above it is killed, it does not stay behind."""
+    process = command(with_control)
+    control = tmp_path / "run/control"
+    wait_for_step(control / "metrics.jsonl", 3)
+    [child] = psutil.Process(process.pid).children()
+    (child if victim == "control" else process).kill()
+    assert process.wait() == (2 if victim == "control" else -signal.SIGKILL)
+    child.wait(timeout=30)
+    assert (tmp_path / "run/model/model.safetensors").exists()
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    resumed = command(with_control, "--resume")
+    assert resumed.wait() == 0, resumed.stdout.read()
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before  # only the control was run again
+    steps = [line["step"] for line in read_metrics(control) if line["event"] == "train"]
+    assert steps == list(range(1, 13))
+    alone = tiny_runs.control_of(tmp_path, tmp_path_factory.mktemp("alone"))
+    assert start(alone) == 0
+    assert_same_run(control, Path(alone.output_dir))
