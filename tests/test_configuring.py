@@ -76,7 +76,7 @@ def test_values_are_read_by_the_type_of_their_field(load, message, line, name, v
     assert type(read) is type(value)
 
 
-A, B = SourceConfig(path="a.txt"), SourceConfig(path="b.jsonl", weight=2.0)
+A, B = SourceConfig(path="a.txt"), SourceConfig(path="b.jsonl", limit=2)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ A, B = SourceConfig(path="a.txt"), SourceConfig(path="b.jsonl", weight=2.0)
     [
         ("a.txt", (A,)),
         ("[a.txt]", (A,)),
-        ("{path: b.jsonl, weight: 2}", (B,)),
-        ("[{path: a.txt}, {path: b.jsonl, weight: 2}]", (A, B)),
-        ("[a.txt, {path: b.jsonl, weight: 2}]", (A, B)),
+        ("{path: b.jsonl, limit: 2}", (B,)),
+        ("[{path: a.txt}, {path: b.jsonl, limit: 2}]", (A, B)),
+        ("[a.txt, {path: b.jsonl, limit: 2}]", (A, B)),
     ],
 )
 def test_forms_of_data(load, data, sources):
@@ -98,11 +98,11 @@ def test_forms_of_data(load, data, sources):
     ("overrides", "sources"),
     [
         (["data=a.txt"], (A,)),
-        (["data=[a.txt, b.jsonl]", "data.1.weight=2"], (A, B)),
-        (["data=b.jsonl", "data.0.weight=2"], (B,)),
-        (["data=b.jsonl", "data.weight=2"], (B,)),
-        (["data={path: b.jsonl, weight: 2}"], (B,)),
-        (["data=a.txt", "data.0=b.jsonl", "data.0.weight=2"], (B,)),
+        (["data=[a.txt, b.jsonl]", "data.1.limit=2"], (A, B)),
+        (["data=b.jsonl", "data.0.limit=2"], (B,)),
+        (["data=b.jsonl", "data.limit=2"], (B,)),
+        (["data={path: b.jsonl, limit: 2}"], (B,)),
+        (["data=a.txt", "data.0=b.jsonl", "data.0.limit=2"], (B,)),
         (["data=a: b #c.txt"], (SourceConfig(path="a: b #c.txt"),)),
         (['data="a: b"'], (SourceConfig(path="a: b"),)),
     ],
@@ -126,8 +126,8 @@ def test_without_a_file():
 
 
 def test_an_anchor_shared_by_two_keys_is_overridden_for_one(load):
-    config = load("model: m\ndata: &d [{path: a.txt}]\neval_data: *d", "data.0.weight=2")
-    assert (config.data[0].weight, config.eval_data[0].weight) == (2.0, 1.0)
+    config = load("model: m\ndata: &d [{path: a.txt}]\neval_data: *d", "data.0.limit=2")
+    assert (config.data[0].limit, config.eval_data[0].limit) == (2, None)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -168,7 +168,7 @@ def test_presets(load, name):
         ("apex: {stage_learning_rates: [1, x]}", "apex.stage_learning_rates: 'x' must be a number"),
         ("apex: 3", "apex: '3' must be a mapping"),
         ("apex: {preset: none}", "apex.preset: 'none' is not one of paper-it"),
-        ("eval_data: [{weight: 2}]", "eval_data.path: is missing"),
+        ("eval_data: [{limit: 2}]", "eval_data.path: is missing"),
         ("eval_data: &a [*a]", "eval_data: a sequence must be a mapping"),
         ("max_length: 0", "max_length: 0 must be above 0"),  # from __post_init__, as the next three
         ("apex: {k_heads: 0.9}", "apex.k_heads: 0.9 must be above 0 and at most 0.5"),

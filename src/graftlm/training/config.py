@@ -14,9 +14,9 @@ class SourceConfig:
     path: str
     """A file (.txt, .md, .jsonl, .json, .parquet, with .gz or .zst), a folder of such or of source files, or
     hub:OWNER/NAME."""
-    weight: float = 1.0
-    """Share of the mixture, in proportion to the other sources' weights; 0 < weight. Only matters with several
-    sources."""
+    weight: float | None = None
+    """Share of the mixture's tokens, in proportion to the other sources' weights; an epoch ends with the first source
+    used up. None for every source: an epoch is all of each (streaming: equal shares)."""
     format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = "auto"
     """How a row is read. `auto` looks at the first row's columns."""
     text_field: str = "text"
@@ -31,7 +31,7 @@ class SourceConfig:
     """Read at most this many rows (documents); None reads all."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
+        if self.weight is not None and self.weight <= 0:
             raise UserError(f"data.weight: {self.weight} of {self.path} must be above 0; leave the source out instead")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"data.limit: {self.limit} of {self.path} must be at least 1")
@@ -144,6 +144,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.data:
             raise UserError("data: no source given; name a file, a folder, or hub:OWNER/NAME")
+        for key, sources in (("data", self.data), ("eval_data", self.eval_data)):
+            if len({source.weight is None for source in sources}) > 1:
+                raise UserError(f"{key}: some sources have a weight and some have none; give it to all, or to none")
         positive = (
             "max_length",
             "per_device_train_batch_size",

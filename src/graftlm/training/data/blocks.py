@@ -50,12 +50,17 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
 def evaluation_dataset(
     sources: Sequence[SourceBlocks], configs: Sequence[SourceConfig], max_blocks: int
 ) -> BlockDataset | None:
-    """At most max_blocks blocks: of each source a part in proportion to its weight, spread evenly over it."""
-    total = sum(config.weight for config in configs)
+    """At most max_blocks blocks: of each source a part in proportion to its weight (without weights: to what there is
+    of it), spread evenly over it."""
+    weights = [
+        len(source.evaluation_numbers) if config.weight is None else config.weight
+        for source, config in zip(sources, configs, strict=True)
+    ]
+    total = sum(weights) or 1
     rows = []
-    for number, (source, config) in enumerate(zip(sources, configs, strict=True)):
+    for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
         available = source.evaluation_numbers
-        count = min(len(available), max(1, round(max_blocks * config.weight / total)))
+        count = min(len(available), max(1, round(max_blocks * weight / total)))
         picked = available[np.linspace(0, len(available) - 1, count).round().astype(int)] if count else available
         rows.append(np.stack([np.full(count, number), picked], axis=1))
     index = np.concatenate(rows)[:max_blocks]

@@ -1,7 +1,6 @@
 """Map-style data from the cache: each source's blocks, split into training and evaluation, mixed by weight."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,8 +36,7 @@ def prepare_cached(
         held = [_evaluation_blocks(pipeline, fingerprint, progress) for pipeline in evaluated]
 
     sizes = [source.train_sizes for source in sources]
-    weights = [source.weight for source in config.data]
-    index = mixed_index([size[:, 0] for size in sizes], weights, config.seed)
+    index = mixed_index([size[:, 0] for size in sizes], [source.weight for source in config.data], config.seed)
     train = BlockDataset([source.train for source in sources], index)
     evaluation = evaluation_dataset(held, config.eval_data or config.data, config.eval_max_blocks)
     statistics = _statistics(config, sources, index, evaluation, notes)
@@ -50,12 +48,12 @@ def _source_blocks(
 ) -> SourceBlocks:
     """Training and held-out blocks of one source, with words on how they were split in `notes`."""
     config, path = pipeline.config, pipeline.source.path
-    key: dict[str, Any] = {"fraction": fraction, "seed": config.seed} if fraction else {}
-    rule = HoldOutRule(fraction, config.seed)
+    key: dict[str, Any] = {"fraction": fraction} if fraction else {}
+    rule = HoldOutRule(fraction)
     train, held, counts = _cached(pipeline, rule, key, fingerprint, progress)
     if fraction and not held and counts.documents > 1:
         # Few documents, and the hash picked none: take the one it comes closest to.
-        chosen = min(range(1, counts.documents + counts.empty), key=partial(hold_out_score, seed=config.seed))
+        chosen = min(range(1, counts.documents + counts.empty), key=hold_out_score)
         train, held, counts = _cached(pipeline, chosen.__eq__, key | {"chosen": chosen}, fingerprint, progress)
     if not len(train):
         raise nothing_left(pipeline, counts)

@@ -3,7 +3,8 @@
 Each source is packed on its own and whole blocks are interleaved. So a source's blocks do not depend on what it is
 mixed with: its cache serves every mixture and every set of weights, and no block mixes sources by accident. Weights are
 shares of TOKENS, not of blocks or documents. An epoch ends when the first source has no block left; from the others it
-takes what their weights allow, a random sample of their blocks (map-style) or their beginning (streaming).
+takes what their weights allow, a random sample of their blocks (map-style) or their beginning (streaming). Without
+weights an epoch is every block of every source (map-style).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,15 +36,17 @@ def interleave(
         yield source, element
 
 
-def mixed_index(sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int) -> np.ndarray:
+def mixed_index(sizes: Sequence[np.ndarray], weights: Sequence[float | None], seed: int) -> np.ndarray:
     """The order of an epoch over several sources, int32 [blocks, 2]: source and block.
 
     sizes: per source the tokens of its blocks, int [n]. Of each source a seeded permutation is walked.
     """
-    if len(sizes) == 1:
-        return np.stack([np.zeros(len(sizes[0]), np.int32), np.arange(len(sizes[0]), dtype=np.int32)], axis=1)
+    given = [weight for weight in weights if weight is not None]
+    if len(sizes) == 1 or not given:
+        source = np.repeat(np.arange(len(sizes), dtype=np.int32), [len(size) for size in sizes])
+        return np.stack([source, np.concatenate([np.arange(len(size), dtype=np.int32) for size in sizes])], axis=1)
     walks = [_walk(size, [seed, source]) for source, size in enumerate(sizes)]
-    picked = [(source, block) for source, (block, _) in interleave(walks, weights, seed, lambda element: element[1])]
+    picked = [(source, block) for source, (block, _) in interleave(walks, given, seed, lambda element: element[1])]
     return np.asarray(picked, np.int32).reshape(-1, 2)
 
 

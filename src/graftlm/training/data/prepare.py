@@ -37,8 +37,8 @@ class PreparedData:
 def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> PreparedData:
     """Read, tokenise and pack the data of a run, from the cache where it has been done before.
 
-    Evaluation data come from config.eval_data, else from training documents held back by a hash of their number and
-    the seed; the blocks evaluated are spread evenly over them. progress: a bar on stderr.
+    Evaluation data come from config.eval_data, else from training documents held back by a hash of their number; the
+    blocks evaluated are spread evenly over them. progress: a bar on stderr.
 
     Raises UserError for anything wrong with files, rows, columns, formats, the chat template, and where nothing is left
     to train on.

@@ -30,8 +30,8 @@ class SourceStatistics:
     """One source's part of an epoch."""
 
     path: str
-    weight: float
-    """Wanted share of the tokens, as given (not normalised)."""
+    weight: float | None
+    """Wanted share of the tokens, as given (not normalised); None: all of every source."""
     documents: int
     tokens: int
     """Tokens of this source in an epoch."""

@@ -51,9 +51,9 @@ def prepare_stream(
 ) -> tuple[StreamedBlocks, BlockDataset | None, DataStatistics]:
     """Training stream, evaluation data (the first held-out blocks, kept in memory) and statistics, without a cache."""
     fraction = 0.0 if evaluated else config.eval_fraction
-    rule = HoldOutRule(fraction, config.seed)
+    rule = HoldOutRule(fraction)
     counts = [Counts() for _ in pipelines]
-    weights = [source.weight for source in config.data]
+    weights = [1.0 if source.weight is None else source.weight for source in config.data]
     streams = [partial(_training_blocks, pipeline, rule) for pipeline in pipelines]
     train = StreamedBlocks(streams, weights, config.seed)
     sampled = StreamedBlocks([partial(s, c) for s, c in zip(streams, counts, strict=True)], weights, config.seed)
