@@ -162,4 +162,4 @@ def test_spread_is_how_far_a_step_moves_a_row(kind):
     with torch.no_grad():
         moving.copy_(torch.randn(moving.shape, generator=generator).sign())
     moved = operator(drawn(400, 200, dtype=torch.float64, seed=4))
-    assert operator.spread() == pytest.approx(float(moved.square().mean().sqrt()), rel=0.05)
+    assert operator.spread() == pytest.approx(float(moved.detach().square().mean().sqrt()), rel=0.05)

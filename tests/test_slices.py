@@ -176,7 +176,7 @@ def test_autocast_gives_the_same_gradients_to_rounding(trains, budget, inside):
             assert (found[name] - expected[name]).norm() < 0.05 * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("trains, budget", [("small", 0.12), ("half", 0.9)])
+@pytest.mark.parametrize("trains, budget", [("small", 0.12), ("half", 0.45)])
 def test_sliced_layers_compile(trains, budget):
     """And still give the right gradients when a stage boundary moved the slices."""
     torch._dynamo.reset()

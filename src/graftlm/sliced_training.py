@@ -45,7 +45,7 @@ class SlicedTraining(nn.Module):
             {_key(m): Slice(linear(model, m), self._dims[m], n) for m, n in counts.items() if n > 0}
         )
         # Only now, when nothing can fail any more and leave the model frozen.
-        self._trained_before = [p for p in model.parameters() if p.requires_grad]
+        self._trained_before = [(p, p.requires_grad) for p in model.parameters()]
         model.requires_grad_(False)
         if budget.embeddings:
             for parameter in embedding_parameters(model):
@@ -117,5 +117,5 @@ class SlicedTraining(nn.Module):
         for undo in self._undo:
             undo()
         self._undo, self._plans = [], {}
-        for parameter in self._trained_before:
-            parameter.requires_grad_(True)
+        for parameter, trained in self._trained_before:
+            parameter.requires_grad_(trained)

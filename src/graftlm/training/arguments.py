@@ -59,6 +59,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             logging_first_step=True,
             logging_nan_inf_filter=False,  # it would hide a NaN behind the mean of earlier losses
             remove_unused_columns=False,
+            use_cpu=not torch.accelerator.is_available(),  # else transformers refuses bf16 there
             dataloader_pin_memory=torch.cuda.is_available(),
         )
     except ValueError as error:

@@ -50,7 +50,8 @@ def run_control(config: RunConfig, stage_starts: Sequence[int], *, resume: bool)
 def _end_with_parent() -> None:
     """Leave when the pipe to the parent closes: killed with -9, it could not tell, and a control left behind would
     write beside the one that --resume starts."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):  # not sys.stdin.read: Python would wait for it when it ends
+        pass
     os._exit(1)
 
 

@@ -3,7 +3,6 @@
 T tokens a row, L layers, H query heads, d_qk and d_v their widths, k dimensions of P, a and b Monarch's blocks.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -94,10 +93,13 @@ def token_flops(model: PreTrainedModel, apex: Apex | None, length: int) -> tuple
     attention = attention_width(model) * length
     skipped = 0
     if not model.get_input_embeddings().weight.requires_grad:  # type: ignore[operator]
-        # Nothing before the first layer trains: no gradient for its input, queries and keys.
-        for name in _reads_the_input(path, apex):
-            reached.pop(name, None)
-        skipped = 3 * attention
+        # Nothing before the first layer trains, so its input needs no gradient; nor do its queries and keys, unless a
+        # fused projection makes them together with the values.
+        first = [b for b in apex.anatomy.blocks if b.kind == "heads" and b.layer == 0] if apex is not None else []
+        for matrix in (m for b in first for m in (*b.mixed, *b.followers) if m.dim == 0):
+            reached.pop(matrix.module, None)
+        fused = any({m.module for m in b.mixed} & {m.module for m in b.followers} for b in first)
+        skipped = 0 if fused else 3 * attention
     inside = f"{path}."
     return (
         TokenFlops(
@@ -113,13 +115,6 @@ def token_flops(model: PreTrainedModel, apex: Apex | None, length: int) -> tuple
 
 def _sum(sizes: dict[str, int], prefix: str, outside: bool = False) -> int:
     return sum(size for name, size in sizes.items() if name.startswith(prefix) is not outside)
-
-
-def _reads_the_input(path: str, apex: Apex | None) -> Iterable[str]:
-    """Projections of the first layer that read what the embeddings gave."""
-    blocks = apex.anatomy.blocks if apex is not None else ()
-    first = (b for b in blocks if b.kind == "heads" and b.layer == 0)
-    return [m.module for b in first for m in (*b.mixed, *b.followers) if m.dim == 0]
 
 
 def _route_flops(apex: Apex, tie: Tie) -> int:

@@ -24,11 +24,13 @@ from graftlm.training.config import RunConfig
 
 LAYERS = 2
 """Layers of the copy: more would be no more exact, since each layer is timed where it runs, not by a difference."""
-VOCABULARY = 16384
-"""At most so many rows of the embedding and the LM head: a copy of all of them may be most of a small model."""
+LARGE = 2**25
+"""Weights of one layer above which the copy has only one, and that its part of the embedding has at most: the
+vocabulary may be most of a model."""
 PASS_SECONDS = 1.5
 """A forward and backward pass that would take longer gets fewer rows, then shorter ones."""
-PASSES = 3
+PASSES, ENOUGH_SECONDS = 3, 5
+"""Steps that are timed; no further one begins after so many seconds."""
 WARM_UP_TOKENS = 64
 
 
@@ -73,6 +75,12 @@ def run_device(model: nn.Module) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     device = next(model.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def layers_to_copy(model: PreTrainedModel) -> int:
+    """How many layers a copy of `model` has."""
+    layers = decoder_layers(model)[1]
+    return min(len(layers), LAYERS if sum(p.numel() for p in layers[0].parameters()) <= LARGE else 1)
 
 
 def cut(model: PreTrainedModel, layers: int, vocabulary: int) -> PreTrainedModel:
@@ -139,11 +147,11 @@ class _Sections:
         self._on_gradient(output if isinstance(output, Tensor) else output[0], "layers_backward_begin")
 
     def seconds(self) -> dict[str, float]:
-        """The four figures of a Probe."""
+        """The four figures of a Probe, of the pass just taken."""
         at = self.at
-        at.setdefault("layers_backward_end", at["end"])  # nothing before the layers trains
         forward = at["layers_end"] - at["layers_begin"]
-        backward = at["layers_backward_end"] - at["layers_backward_begin"]
+        # Where nothing before the layers trains, no gradient arrives there.
+        backward = at.pop("layers_backward_end", at["end"]) - at["layers_backward_begin"]
         return {
             "forward_layers": forward,
             "forward_rest": at["forward_end"] - at["begin"] - forward,
@@ -256,17 +264,15 @@ class _Run:
         self.sections.close()
 
 
-def measure(
-    config: RunConfig, model: PreTrainedModel, *, rows: int, length: int, trained: int, layers: int = LAYERS
-) -> Probe:
+def measure(config: RunConfig, model: PreTrainedModel, *, rows: int, length: int, layers: int, trained: int) -> Probe:
     """Run the copy for a few seconds.
 
     `rows`, `length`: a micro-batch of the run, in tokens; cut where it would take too long. `trained`: parameters of
     operators and slices in the first `layers` layers (budgets below 100%).
     """
     embedding: Any = model.get_input_embeddings()
-    vocabulary = min(VOCABULARY, int(embedding.weight.shape[0]))
-    probe = Probe(min(layers, len(decoder_layers(model)[1])), vocabulary, rows, length)
+    vocabulary = min(embedding.weight.shape[0], max(1, LARGE // embedding.weight.shape[1]))
+    probe = Probe(layers, vocabulary, rows, length)
     with torch.random.fork_rng():
         run = _Run(config, model, probe, trained, run_device(model))
         try:
@@ -285,7 +291,10 @@ def measure(
             run.update()
             probe.hidden = run.sections.hidden
             probe.state_bytes = _state_bytes(run.optimizer)
-            times = [run.forward_and_backward(probe.rows, probe.length) | run.update() for _ in range(PASSES)]
+            begun = time.perf_counter()
+            times: list[dict[str, float]] = []
+            while len(times) < PASSES and (not times or time.perf_counter() - begun < ENOUGH_SECONDS):
+                times.append(run.forward_and_backward(probe.rows, probe.length) | run.update())
             for name in times[0]:
                 setattr(probe, name, statistics.median(t[name] for t in times))
         finally:

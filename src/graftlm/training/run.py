@@ -181,7 +181,8 @@ def _watch(trainer: RunTrainer, config: RunConfig) -> tuple[Activations, int]:
     model: nn.Module = trainer.model
     shares = {"heads": config.apex.k_heads, "channels": config.apex.k_channels}
     recorder = ActivationRecorder(model, read_anatomy(model), shares, config.apex.assess_per)  # type: ignore[arg-type]
-    sequences = recorder.run(trainer.assessment_batches(config.apex.assess_samples))
+    with trainer.accelerator.autocast():
+        sequences = recorder.run(trainer.assessment_batches(config.apex.assess_samples))
     recorder.close()
     return recorder.mean_activations(), sequences
 
@@ -241,7 +242,8 @@ def _finish(
     save_model(model, tokenizer, run / "model", card=card)
     reopened = load_model(str(run / "model"), dtype=config.dtype, attn_implementation=config.attn_implementation)
     reopened.to(next(model.parameters()).device)
-    summary["fused_max_abs_logit_difference"] = float((_logits(reopened, sample) - live).abs().max())
+    with trainer.accelerator.autocast():  # as the live model computed
+        summary["fused_max_abs_logit_difference"] = float((_logits(reopened, sample) - live).abs().max())
     return summary
 
 

@@ -19,6 +19,7 @@ from graftlm.anatomy import Kind
 from graftlm.apex import Apex
 from graftlm.apex_config import ApexConfig
 from graftlm.checkpointing import load_tensors, save_tensors
+from graftlm.errors import UserError
 from graftlm.training.schedule import follows_stages, refresh, stage_factor
 
 APEX_FILE = "apex.safetensors"
@@ -62,9 +63,15 @@ class ApexMixin:
         self.add_callback(_Stages(self))  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        if self.apex_config is not None and self.optimizer is not None:  # type: ignore[attr-defined]
+            raise UserError(
+                "apex: the optimizer must be made after the operators; leave it to Trainer (optim, "
+                "optimizer_cls_and_kwargs), and to train a second time make a new trainer"
+            )
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
-        self._resume_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
+            self._resume_from = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+        else:
+            self._resume_from = resume_from_checkpoint or None
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
         finally:
@@ -83,7 +90,7 @@ class ApexMixin:
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         trainer: Any = self
-        if self.apex_config is not None and trainer.optimizer is None:
+        if self.apex_config is not None:
             total = trainer.state.max_steps
             self.apex = Apex(
                 trainer.model,
@@ -104,7 +111,9 @@ class ApexMixin:
         """The assessment before training (footnote 3): forward passes on assess_samples training sequences."""
         if apex.config.assessment == "random":
             return
-        apex.assess(self.assessment_batches(apex.config.assess_samples))
+        trainer: Any = self
+        with trainer.accelerator.autocast():  # accelerate has not wrapped the model yet
+            apex.assess(self.assessment_batches(apex.config.assess_samples))
         self.activations = apex.recorder.mean_activations()
 
     def assessment_batches(self, samples: int) -> Iterator[dict[str, Tensor]]:

@@ -1,0 +1,254 @@
+"""`graftlm assess`: how active each head and channel of a model is on data, and what the model is without some.
+
+A sample is one conversation, or one document (of long ones, each piece of at most max_length tokens): samples are never
+packed together, and padding is never counted.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from safetensors.numpy import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from graftlm.activations import ActivationRecorder, count_tokens
+from graftlm.advantage import count_of
+from graftlm.anatomy import Anatomy, Kind, read_anatomy
+from graftlm.apex_config import ApexConfig
+from graftlm.environment import describe_environment
+from graftlm.errors import UserError
+from graftlm.files import atomic_path, write_json
+from graftlm.masking import masked
+from graftlm.models import check_vocabulary, load_model, load_tokenizer
+from graftlm.reporting.distributions import plot_activations, plot_sigma, relative_sigma, sigma, top_share
+from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.training.data import PreparedData, prepare_data
+from graftlm.training.run_trainer import mean_loss
+
+LOGITS_A_PASS = 2**27
+"""Logits of one forward pass at most: 512 MiB in float32. One sequence may have more."""
+SAMPLE = (
+    "one conversation, or one document (a longer one: each piece of max_length tokens); never packed together, "
+    "padding never counted"
+)
+
+
+@dataclass
+class Assessed:
+    """What was seen of one model."""
+
+    label: str
+    samples: int
+    tokens: int
+    k: Mapping[Kind, float]
+    activations: dict[str, dict[int, np.ndarray]]
+    """{kind: {layer: float32 [ranked]}}: mean over samples of the squared norm."""
+    layers: dict[str, dict[str, Any]]
+    notes: list[str]
+    masking: dict[str, Any] | None = None
+    data_notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "activations"}
+
+
+def assess(
+    model: str,
+    data: str,
+    out: Path,
+    *,
+    compare: str | None = None,
+    samples: int = 256,
+    max_length: int = 1024,
+    mask: float | None = None,
+) -> Path:
+    """Assess `model` (and `compare`) on `samples` sequences of `data`, spread evenly over it; returns `out`.
+
+    Writes activations.safetensors (LABEL/KIND/LAYER: float32 [heads or channels]), assessment.json and plots/*.png, and
+    prints a table. `mask`: share of the heads and of the channels of each block that are switched off together: the
+    strongest, the weakest, random ones; the loss without them is measured on other sequences of the data where there
+    are any. P and N are drawn up for K = `mask`, else for the default K.
+
+    Raises UserError for models and data that cannot be opened or assessed; `out` then has no assessment.json.
+    """
+    names = [model] if compare is None else [model, compare]
+    labels = names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names, 1)]
+    found = [
+        _assess_one(name, label, data, samples, max_length, mask) for name, label in zip(names, labels, strict=True)
+    ]
+    out = Path(out)
+    _save_activations(out / "activations.safetensors", found)
+    plots = _plot(out / "plots", found)
+    result = {
+        "data": data,
+        "sample": SAMPLE,
+        "max_length": max_length,
+        "models": [one.as_json() for one in found],
+        "environment": describe_environment(),
+    }
+    write_json(out / "assessment.json", result)
+    _print(found, [out / "assessment.json", *plots])
+    return out
+
+
+def _assess_one(name: str, label: str, data: str, samples: int, max_length: int, mask: float | None) -> Assessed:
+    tokenizer = load_tokenizer(name)
+    # Not packed: a sample is then a row.
+    config = RunConfig(name, (SourceConfig(data),), packing=False, eval_fraction=0.0, max_length=max_length)
+    prepared = prepare_data(config, tokenizer)
+    model = load_model(name)
+    check_vocabulary(model, tokenizer)
+    anatomy = read_anatomy(model)
+    defaults = ApexConfig()
+    shares: dict[Kind, float] = {"heads": mask or defaults.k_heads, "channels": mask or defaults.k_channels}
+    chosen, others = choose_sequences(len(prepared.train), samples)  # type: ignore[arg-type]
+    recorder = ActivationRecorder(model, anatomy, shares)
+    tokens = 0
+
+    def counted() -> Iterator[dict[str, Tensor]]:
+        nonlocal tokens
+        for batch in _batches(prepared, chosen, model):
+            tokens += count_tokens(batch)
+            yield batch
+
+    seen = recorder.run(counted())
+    recorder.close()
+    means = {
+        kind: {i: m.float().numpy() for i, m in layers.items()} for kind, layers in recorder.mean_activations().items()
+    }
+    if not all(np.isfinite(values).all() for layers in means.values() for values in layers.values()):
+        raise UserError(
+            f"{name}: its activations are NaN or Inf on {data}; the model is broken, or its dtype too narrow"
+        )
+    layers = _layers(anatomy, recorder, means)
+    assessed = Assessed(label, seen, tokens, shares, {str(k): v for k, v in means.items()}, layers, [])
+    assessed.notes = [*anatomy.notes, *recorder.notes]
+    assessed.data_notes = list(prepared.statistics.notes)
+    if mask is not None:
+        assessed.masking = _masking(model, anatomy, recorder, _batches(prepared, others or chosen, model), mask)
+        assessed.masking |= {"sequences": len(others or chosen), "same_sequences": not others}
+    return assessed
+
+
+def choose_sequences(there: int, samples: int) -> tuple[list[int], list[int]]:
+    """At most `samples` of `there` sequences, spread evenly, and as many others to measure on (perhaps none)."""
+    chosen = [i * there // samples for i in range(samples)] if there > samples else list(range(there))
+    taken = set(chosen)
+    rest = [i for i in range(there) if i not in taken]
+    return chosen, [rest[i * len(rest) // samples] for i in range(samples)] if len(rest) > samples else rest
+
+
+def _batches(prepared: PreparedData, numbers: Sequence[int], model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    """Sequences of similar length together, so that little is padded."""
+    items = sorted((prepared.train[i] for i in numbers), key=lambda item: len(item["input_ids"]))
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    size = max(1, LOGITS_A_PASS // (rows * max((len(item["input_ids"]) for item in items), default=1)))
+    return [prepared.collator(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def _layers(anatomy: Anatomy, recorder: ActivationRecorder, means: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """By block: scores, the sets of K, and how uneven the block is."""
+    told = {}
+    for block in anatomy.blocks:
+        if block.layer not in means[block.kind]:
+            continue
+        order = ranking(recorder, block.name)
+        count = recorder.votes_per_sample[block.name]
+        values = means[block.kind][block.layer]
+        told[block.name] = {
+            "kind": block.kind,
+            "layer": block.layer,
+            "rank_score": recorder.votes[block.name].tolist(),
+            "average": [float(v) for v in values],
+            "top": order[:count].sort().values.tolist(),
+            "lowest": order[len(order) - count :].sort().values.tolist(),
+            "sigma": sigma(values),
+            "sigma_over_mean": relative_sigma(values),
+            "strongest_tenth_share": top_share(values),
+        }
+    return told
+
+
+def ranking(recorder: ActivationRecorder, block: str) -> Tensor:
+    """Units of a block from the highest score to the lowest, ties by index: int64 [ranked]."""
+    return recorder.votes[block].cpu().argsort(descending=True, stable=True)
+
+
+def _masking(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    recorder: ActivationRecorder,
+    batches: Sequence[Mapping[str, Tensor]],
+    share: float,
+) -> dict[str, Any]:
+    """Loss and perplexity with nothing, the top, the lowest and random units of every block switched off (table 4)."""
+    generator = torch.Generator().manual_seed(0)
+    sets: dict[str, dict[str, Tensor]] = {"none": {}, "top": {}, "lowest": {}, "random": {}}
+    for block in anatomy.blocks:
+        order, count = ranking(recorder, block.name), count_of(share, block.ranked)
+        sets["top"][block.name] = order[:count]
+        sets["lowest"][block.name] = order[len(order) - count :]
+        sets["random"][block.name] = torch.randperm(block.ranked, generator=generator)[:count]
+    result: dict[str, Any] = {"share": share}
+    for name, units in sets.items():
+        with masked(model, anatomy, units), torch.no_grad():
+            loss = mean_loss(model, batches)
+        result[name] = {"loss": loss, "perplexity": exp(loss) if loss < 700 else None}
+    return result
+
+
+def _save_activations(path: Path, found: Sequence[Assessed]) -> None:
+    tensors = {
+        f"{one.label}/{kind}/{layer}": values
+        for one in found
+        for kind, layers in one.activations.items()
+        for layer, values in layers.items()
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"samples": str(found[0].samples)})
+
+
+def _plot(folder: Path, found: Sequence[Assessed]) -> list[Path]:
+    seen = {one.label: one.activations for one in found}
+    made = [plot_activations(seen, kind, folder / f"activations_{kind}.png") for kind in ("heads", "channels")]
+    return [path for path in (*made, plot_sigma(seen, folder / "sigma.png")) if path is not None]
+
+
+def _print(found: Sequence[Assessed], written: Sequence[Path]) -> None:
+    console = Console()
+    table = Table("model", "", "blocks", "σ/mean", "strongest 10% hold", header_style="bold")
+    for one in found:
+        for kind in one.activations:
+            blocks = [block for block in one.layers.values() if block["kind"] == kind]
+            spread = float(np.mean([block["sigma_over_mean"] for block in blocks]))
+            held = float(np.mean([block["strongest_tenth_share"] for block in blocks]))
+            table.add_row(Text(one.label), kind, str(len(blocks)), f"{spread:.3f}", f"{held:.1%}")
+    console.print(table)
+    for one in found:
+        console.print(Text(f"{one.label}: {one.samples} samples, {one.tokens:,} tokens; a sample is {SAMPLE}"))
+        for note in (*one.notes, *one.data_notes):
+            console.print(Text(f"note: {note}"))
+        if one.masking is not None:
+            console.print(_masking_table(one))
+    for path in written:
+        console.print(Text(str(path)), soft_wrap=True)
+
+
+def _masking_table(one: Assessed) -> Table:
+    masking = one.masking or {}
+    where = "the same sequences" if masking["same_sequences"] else "other sequences of the data"
+    title = f"{one.label} without {masking['share']:.0%} of the heads and channels of every layer, on {where}"
+    table = Table("masked", "loss", "perplexity", title=Text(title), header_style="bold")
+    for name in ("none", "top", "lowest", "random"):
+        loss, perplexity = masking[name]["loss"], masking[name]["perplexity"]
+        table.add_row(name, f"{loss:.4f}", "inf" if perplexity is None else f"{perplexity:.4g}")
+    return table

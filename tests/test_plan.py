@@ -1,0 +1,227 @@
+"""graftlm plan: counted operations against torch's own counter, and estimates against a run that took place."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import FAMILIES, batches, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from graftlm.apex import Apex
+from graftlm.apex_config import ApexConfig
+from graftlm.errors import UserError
+from graftlm.models import load_model
+from graftlm.training import costs, estimates
+from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.training.control import control_config
+from graftlm.training.plan import compare_plan, estimate, load_skeleton, plan
+from graftlm.training.probe import cut, measure
+
+ROWS, LENGTH = 2, 12
+
+
+def config(**settings) -> RunConfig:
+    apex = settings.pop("apex", {})
+    defaults = {"model": "tiny-llama", "data": (SourceConfig("x"),), "max_length": 32, "max_steps": 6}
+    settings = defaults | {"per_device_train_batch_size": 2} | settings
+    return RunConfig(apex=ApexConfig(**apex), **settings)
+
+
+def counted(model, apex=None) -> tuple[int, int]:
+    """FLOPs of a forward and backward pass, and of the rest of the step."""
+    batch = batches(1, rows=ROWS, length=LENGTH)[0]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    if apex is not None:
+        apex.start(optimizer)
+    with FlopCounterMode(display=False) as passes:
+        model(**batch).loss.backward()
+    with FlopCounterMode(display=False) as update:
+        if apex is not None:
+            apex.pull_back()
+        optimizer.step()
+    return passes.get_total_flops(), update.get_total_flops()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_of_plain_training_are_exact(family):
+    model = tiny_model(family)
+    parts = costs.token_flops(model, None, LENGTH)
+    assert ROWS * LENGTH * (parts[0] + parts[1]).total == counted(model)[0]
+
+
+@pytest.mark.parametrize("operator", ["monarch", "dense", "diagonal"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("trains", ["full", "half", "small"])
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+def test_flops_of_apex_are_exact(family, trains, shared, operator):
+    model = tiny_model(family)
+    budget = {"full": None, "half": 0.75, "small": 0.1}[trains]
+    settings = ApexConfig(
+        k_heads=0.5, k_channels=0.25, stages=1, assessment="random", trains=trains, budget=budget, operator=operator,
+        share_operators=shared,
+    )  # fmt: skip
+    apex = Apex(model, settings, total_steps=1)
+    parts = costs.token_flops(model, apex, LENGTH)
+    update = costs.step_flops(apex)
+    assert counted(model, apex) == (ROWS * LENGTH * (parts[0] + parts[1]).total, update)
+
+
+def test_estimating_leaves_the_model_and_the_random_state_alone():
+    model = load_model("tiny-llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    estimate(config(apex={"trains": "half", "budget": 0.6}), model, None)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not hasattr(model, "apex") and not model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_has_fewer_layers_and_tokens(family):
+    model = tiny_model(family, num_hidden_layers=3)
+    small = cut(model, 2, 16)
+    loss = small(input_ids=torch.arange(16)[None], labels=torch.arange(16)[None]).loss
+    loss.backward()
+    assert small.get_input_embeddings().weight.shape[0] == 16
+    assert loss.isfinite() and all(p.grad is not None for p in small.parameters())
+    assert len({p.data_ptr() for p in (*model.parameters(), *small.parameters())}) == len(
+        [*model.parameters(), *small.parameters()]
+    )
+
+
+@pytest.mark.parametrize("trains", ["full", "half", "small"])
+def test_what_a_copy_saves_scales_to_what_the_model_saves(trains):
+    model = load_model("tiny-llama")
+    given = config(apex={"trains": trains, "budget": None if trains == "full" else 0.6}, max_length=64)
+    planned = estimate(given, model, None)
+    whole = measure(given, model, rows=2, length=64, layers=4, trained=planned["trainable_parameters"])
+    real = whole.saved_layers + whole.saved_rest + whole.saved_logits
+    assert planned["memory"]["activations"] == pytest.approx(real, rel=0.05)
+
+
+def test_checkpointing_takes_less_memory():
+    model = load_model("tiny-llama")
+    given = config(max_length=256, per_device_train_batch_size=8, per_device_eval_batch_size=1)
+    plain = estimate(given, model, None)
+    checkpointed = estimate(dataclasses.replace(given, gradient_checkpointing=True), model, None)
+    assert checkpointed["flops_per_step"] == plain["flops_per_step"]  # recomputation is no work that the model needs
+    assert 0 < checkpointed["flops"]["recomputed"] < plain["flops"]["forward"]
+    assert checkpointed["memory"]["activations"] < 0.7 * plain["memory"]["activations"]
+
+
+def test_optimizer_state_follows_the_optimizer():
+    model = load_model("tiny-llama")
+    adam, sgd = (estimate(config(optim=name), model, None)["memory"] for name in ("adamw_torch", "sgd"))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert adam["optimizer state"] == pytest.approx(8 * parameters, rel=0.02)
+    assert sgd.get("optimizer state", 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "blocks", "steps"),
+    [({"max_steps": 7}, None, 7), ({"max_steps": -1}, None, None), ({"max_steps": -1}, 9, 5),
+     ({"max_steps": -1, "num_train_epochs": 2.5, "gradient_accumulation_steps": 2}, 9, 8)],
+)  # fmt: skip
+def test_steps_are_counted_as_trainer_counts_them(settings, blocks, steps):
+    planned = estimate(config(**settings), load_model("tiny-llama"), blocks)
+    assert planned["steps"] == steps
+    assert (planned["estimated_seconds"] is None) is (steps is None)
+
+
+def test_evaluations_are_those_that_a_run_makes():
+    apex = {"stages": 3}
+    assert estimates.evaluations(config(apex=apex, max_steps=30), 30) == 7  # start, and around each of three fusions
+    assert estimates.evaluations(config(apex=apex, max_steps=30, eval_steps=10), 30) == 9  # not at the last step
+    control = control_config(config(apex=apex, max_steps=30), [0, 10, 20])
+    assert estimates.evaluations(control, 30) == 4  # start, where the stages began, end
+
+
+@pytest.mark.parametrize(
+    "by", [{"stage_by": "steps"}, {"stage_by": "epochs"}, {"stage_by": "tokens", "stage_length": 64}]
+)
+def test_stages_begin_where_they_should(by):
+    given = config(max_steps=-1, num_train_epochs=2.0, apex={"stages": 2, **by})
+    planned = estimate(given, load_model("tiny-llama"), 12)
+    assert planned["stage_starts"] == ([0, 1] if by["stage_by"] == "tokens" else [0, 6])
+
+
+def test_compare_plan():
+    planned = {"estimated_seconds": 5.0, "estimated_peak_memory_bytes": 10, "steps": 3}
+    compared = compare_plan(planned, {"seconds": 10.0, "peak_memory_bytes": 8})
+    assert compared == planned | {"seconds_ratio": 0.5, "peak_memory_ratio": 1.25}
+    assert compare_plan({"estimated_seconds": None}, {"seconds": 1.0}) == {"estimated_seconds": None}
+
+
+def test_plan_prints_parts_and_formula(tmp_path, monkeypatch):
+    console = Console(width=160, record=True, file=open(tmp_path / "out", "w"))  # noqa: SIM115
+    monkeypatch.setattr("graftlm.training.plan.machine_memory", lambda device: 1000)
+    planned = plan(config(control=True), console=console)
+    text = console.export_text()
+    for part in ("trainable", "6 x L x H x (d_qk + d_v) x T", "beginning at step 0, 2, 4", "peak memory", "control"):
+        assert part in text
+    assert "the run does not fit" in text and "the control does not fit" in text
+    assert "heads: K = 12.50% becomes 50.00%" in re.sub(r"\s+", " ", text)
+    assert planned["control"]["operator_parameters"] == 0
+    json.dumps(planned)
+
+
+def test_plan_counts_small_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "a.txt"
+    file.write_text("x" * 3199)  # with the end of text 3,200 tokens of a byte: 100 blocks, of which 2 are held back
+    given = config(max_steps=-1, data=(SourceConfig(str(file)),))
+    console = Console(width=160, record=True, quiet=True)
+    assert plan(given, console=console)["steps"] == 49
+    monkeypatch.setattr("graftlm.training.plan.PREPARED_AT_MOST", 0)
+    assert plan(given, console=console)["steps"] == 3199 // 4 // 32 // 2  # 24 blocks, assumed; 2 a step
+
+
+def test_a_folder_with_a_config_is_enough(tmp_path):
+    AutoConfig.for_model(
+        "qwen3", hidden_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=96, vocab_size=500,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    given = config(model=str(tmp_path))
+    model = load_skeleton(given)
+    assert next(model.parameters()).is_meta
+    planned = estimate(given, model, None)
+    assert planned["total_parameters"] == sum(p.numel() for p in model.parameters())
+    assert planned["estimated_seconds"] > 0 and planned["memory"]["weights"] == 4 * planned["total_parameters"]
+
+
+def test_what_train_refuses_plan_refuses():
+    with pytest.raises(UserError, match="trackio is not installed"):
+        estimate(config(report_to=("trackio",)), load_model("tiny-llama"), None)
+    with pytest.raises(UserError, match="no such folder"):
+        load_skeleton(dataclasses.replace(config(), model="./nowhere"))
+
+
+def test_estimates_come_close(tmp_path):
+    """One run in a process of its own, so that its peak of memory is its own. Large enough a micro-batch that
+    activations show beside the interpreter. Time is held to a factor of 4 only: other work on the machine moves it."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 2000)
+    run = tmp_path / "run"
+    settings = ["max_length=256", "per_device_train_batch_size=24", "max_steps=2", "apex.stages=1", "eval_fraction=0",
+                "apex.assess_samples=8", f"cache_dir={tmp_path / 'cache'}"]  # fmt: skip
+    command = [sys.executable, "-m", "graftlm", "train", "--model", "tiny-llama", "--data", str(text), *settings]
+    done = subprocess.run([*command, "--output-dir", str(run)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    planned = summary["plan"]
+    assert planned["memory"]["activations"] > 100e6
+    assert 0.5 < planned["peak_memory_ratio"] < 1.5
+    # What the run added to the process it began as, which alone would hide an estimate of nothing.
+    added = summary["peak_memory_bytes"] - planned["memory"]["process"]
+    guessed = planned["estimated_peak_memory_bytes"] - planned["memory"]["process"]
+    assert 0.4 < guessed / added < 2
+    assert 0.25 < planned["seconds_ratio"] < 4

@@ -1,0 +1,284 @@
+"""Whole runs: what is in the folder, what the summary says, and that the model in it is the one that was trained."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import files_of, model_with_dropout, read_metrics, tiny_config, words, write_chats, write_texts
+
+from graftlm.configuring import load_config
+from graftlm.errors import UserError
+from graftlm.training import run
+from graftlm.training.config import SourceConfig
+from graftlm.training.run import train, train_one
+
+SUMMARY = {
+    *("method", "tokens", "steps", "seconds", "tokens_per_second", "peak_memory_bytes", "trainable_parameters"),
+    *("trainable_fraction", "operator_parameters", "eval_loss_start", "eval_loss_end", "control"),
+    *("fused_max_abs_logit_difference", "stages"),
+}
+STAGE = {
+    *("step", "tokens", "steps", "heads", "channels", "eval_loss_start"),
+    *("eval_loss_before_fusion", "eval_loss_after_fusion"),
+}
+IDS = torch.arange(40, 72)[None]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(config, logits of the live model on IDS) of a run with a control. Stages begin at steps 0, 4 and 8."""
+    folder = tmp_path_factory.mktemp("finished")
+    settings = {"max_steps": -1, "num_train_epochs": 2, "save_steps": 6, "control": True, "apex": {"trains": "half"}}
+    config = tiny_config(folder, model=model_with_dropout(folder / "given"), **settings)
+    live = []
+
+    def save_model(model, *args, **kwargs):
+        live.append(run._logits(model, IDS))
+        return saved(model, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        saved = run.save_model
+        patch.setattr(run, "save_model", save_model)
+        assert train(config) == folder / "run"
+    return config, live[0]
+
+
+@pytest.fixture
+def folder(finished):
+    return Path(finished[0].output_dir)
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_what_is_in_the_folder(finished, folder):
+    found = files_of(folder)
+    both = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "activations.safetensors"}
+    both |= {f"model/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json", "README.md")}
+    assert both | {"report.html"} <= found
+    assert {f"control/{name}" for name in both} <= found
+    assert any(name.startswith("plots/") and name.endswith(".png") for name in found)
+    checkpoints = {Path(name).parts[1] for name in found if name.startswith("checkpoints/")}
+    assert checkpoints == {"step-8", "step-12"}  # the last two of 4 (a boundary), 6, 8 (a boundary) and 12
+    allowed = (*both, "report.html", "plots/", "checkpoints/", "control/", "model/")
+    assert [name for name in found if not name.startswith(tuple(allowed))] == []
+    assert load_config(folder / "config.yaml") == finished[0]
+
+
+def test_summary(folder):
+    summary = read(folder)
+    assert summary.keys() >= SUMMARY
+    assert summary["control"].keys() >= SUMMARY
+    assert (summary["method"], summary["control"]["method"]) == ("apex", "full")
+    assert summary["control"]["control"] is None
+    for one in (summary, summary["control"]):
+        assert one["steps"] == 12
+        assert one["tokens"] == 2 * 1415  # twice all tokens of the data: neither padding nor evaluation counts
+        assert one["seconds"] > 0
+        assert one["peak_memory_bytes"] > 50e6
+        assert one["eval_loss_end"] < one["eval_loss_start"]
+        assert one["fused_max_abs_logit_difference"] == 0
+        assert one["data"]["tokens"] == 1415
+        assert one["trainable_fraction"] == one["trainable_parameters"] / one["total_parameters"]
+    assert summary["eval_loss_start"] == summary["control"]["eval_loss_start"]
+    assert summary["operator_parameters"] > 0 == summary["control"]["operator_parameters"]
+    assert summary["trainable_fraction"] == pytest.approx(0.52, abs=1e-3)
+    assert (summary["control"]["trainable_fraction"], summary["control"]["stages"]) == (1, [])
+
+
+def test_stages(folder):
+    stages = read(folder)["stages"]
+    assert [(stage["step"], stage["steps"]) for stage in stages] == [(0, 4), (4, 4), (8, 4)]
+    tokens = {line["step"]: line["tokens"] for line in read_metrics(folder) if line["event"] == "train"}
+    assert [stage["tokens"] for stage in stages] == [0, tokens[4], tokens[8]]
+    assert tokens[12] == 2830
+    for stage in stages:
+        assert stage.keys() >= STAGE
+        assert stage["eval_loss_before_fusion"] == stage["eval_loss_after_fusion"] < stage["eval_loss_start"]
+        assert stage["effective_k"] == {"heads": 0.5, "channels": 0.125}
+        for kind, size in (("heads", 1), ("channels", 24)):
+            assert stage[kind].keys() == {"0", "1", "2", "3"}
+            for sets in stage[kind].values():
+                high, low = set(sets["advantageous"]), set(sets["disadvantageous"])
+                assert len(high) == len(low) == size
+                assert not high & low
+    assert stages[0]["channels"] != stages[1]["channels"]
+
+
+def test_metrics(folder):
+    lines = read_metrics(folder)
+    trained = [line for line in lines if line["event"] == "train"]
+    assert [(line["step"], line["stage"]) for line in trained] == [(i + 1, i // 4) for i in range(12)]
+    evaluated = [(line["when"], line["step"], line["stage"]) for line in lines if line["event"] == "eval"]
+    boundaries = [(4, 0), (8, 1)]
+    expected = [("start", 0, 0)]
+    for step, stage in boundaries:
+        expected += [("before_fusion", step, stage), ("after_fusion", step, stage + 1)]
+    assert evaluated == [*expected, ("before_fusion", 12, 2), ("after_fusion", 12, 2)]
+    plain = [line for line in read_metrics(folder / "control") if line["event"] == "train"]
+    assert [(line["step"], line["learning_rate"], line["tokens"]) for line in plain] == [
+        (line["step"], line["learning_rate"], line["tokens"]) for line in trained
+    ]
+    assert plain[0]["loss"] == trained[0]["loss"]  # the same model, batch and dropout
+    assert plain[-1]["loss"] != trained[-1]["loss"]
+    when = [(line["when"], line["step"]) for line in read_metrics(folder / "control") if line["event"] == "eval"]
+    assert when == [("start", 0), ("periodic", 4), ("periodic", 8), ("end", 12)]
+
+
+def test_activations(folder):
+    tensors = load_file(folder / "activations.safetensors")
+    assert len(tensors) == 2 * 2 * 4
+    for key, values in tensors.items():
+        when, kind, layer = key.split("/")
+        assert when in ("before", "after")
+        assert values.shape == ({"heads": 4, "channels": 192}[kind],)
+        assert values.dtype == torch.float32
+        assert values.min() >= 0
+        assert int(layer) in range(4)
+    before = load_file(folder / "control/activations.safetensors")
+    assert all(torch.equal(tensors[key], before[key]) for key in tensors if key.startswith("before"))
+
+
+REOPEN = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+assert type(model).__module__.startswith("transformers."), type(model)
+assert model.config.use_cache
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+text = "the cat sees a fish"
+assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+assert tokenizer.pad_token_id is not None and tokenizer.chat_template
+torch.set_num_threads(1)
+with torch.no_grad():
+    torch.save(model(torch.arange(40, 72)[None]).logits, sys.argv[2])
+"""
+
+
+def test_stock_transformers_reopens_the_live_model(finished, folder, tmp_path):
+    command = [sys.executable, "-c", REOPEN, str(folder / "model"), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True)
+    reopened = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert (reopened - finished[1]).abs().max() == 0
+
+
+def test_a_finished_run_is_not_written_over(finished, folder):
+    before = {name: (folder / name).stat().st_mtime_ns for name in files_of(folder)}
+    with pytest.raises(UserError, match="holds a finished run: give another output_dir, or delete the folder"):
+        train(finished[0])
+    assert {name: (folder / name).stat().st_mtime_ns for name in files_of(folder)} == before
+
+
+def test_resuming_a_finished_run_does_nothing_again(finished, folder):
+    def times():
+        shown = ("plots/", "report.html")
+        return {name: (folder / name).stat().st_mtime_ns for name in files_of(folder) if not name.startswith(shown)}
+
+    before = times()
+    train(finished[0], resume=True)
+    assert times() == before
+
+
+# --- kinds of runs ---------------------------------------------------------------------------------------------------
+
+
+def run_briefly(folder: Path, **changes) -> tuple[dict, Path]:
+    config = tiny_config(folder, **{"max_steps": 4, "apex": {"stages": 2}, **changes})
+    summary = train_one(config)
+    assert summary["steps"] == config.max_steps
+    assert summary["fused_max_abs_logit_difference"] == 0
+    return summary, Path(config.output_dir)
+
+
+def test_plain_training(tmp_path):
+    summary, folder = run_briefly(tmp_path, method="full", eval_steps=3)
+    assert (summary["stages"], summary["operator_parameters"], summary["trainable_fraction"]) == ([], 0, 1)
+    when = [(line["when"], line["step"]) for line in read_metrics(folder) if line["event"] == "eval"]
+    assert when == [("start", 0), ("periodic", 3), ("end", 4)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bf16": True},
+        {"dtype": "bfloat16"},
+        {"gradient_checkpointing": True},
+        {"apex": {"stages": 2, "assessment": "random", "stage_by": "tokens", "stage_length": 300}},
+        {"optim": "adafactor", "apex": {"stages": 2, "trains": "small", "budget": 0.3}},
+    ],
+    ids=["bf16", "bfloat16", "checkpointing", "random", "adafactor"],
+)
+def test_settings(changes, tmp_path):
+    summary, folder = run_briefly(tmp_path, **changes)
+    assert len(summary["stages"]) == 2
+    for stage in summary["stages"]:
+        assert stage["eval_loss_before_fusion"] == stage["eval_loss_after_fusion"]
+    dtype = {torch.bfloat16 if changes.get("dtype") else torch.float32}
+    assert {value.dtype for value in load_file(folder / "model/model.safetensors").values()} == dtype
+
+
+def text_file(folder: Path) -> Path:
+    (folder / "a.txt").write_text(words(300))
+    return folder / "a.txt"
+
+
+def source_folder(folder: Path) -> Path:
+    (folder / "code/inner").mkdir(parents=True)
+    for i, name in enumerate(("one.py", "inner/two.py", "inner/three.txt")):
+        (folder / "code" / name).write_text(words(100, i))
+    return folder / "code"
+
+
+def parquet_file(folder: Path) -> Path:
+    pq.write_table(pa.table({"text": [words(60, i) for i in range(5)]}), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+@pytest.mark.parametrize("make", [text_file, source_folder, parquet_file])
+def test_sources(make, tmp_path):
+    config = tiny_config(tmp_path, data=make(tmp_path), apex={"stages": 2}, max_steps=-1, num_train_epochs=1)
+    summary = train_one(config)
+    assert summary["tokens"] == summary["data"]["tokens"] > 1000
+    assert summary["data"]["supervised_share"] > 0.95
+
+
+def test_streaming(tmp_path):
+    summary, _ = run_briefly(tmp_path, streaming=True)
+    assert summary["tokens"] == 4 * 2 * 2 * 64
+    assert not (tmp_path / "cache").joinpath("blocks").exists()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_instruction_tuning(packing, tmp_path):
+    """Every token of the data, and nothing else, is counted; only the assistant's count in the loss."""
+    changes = {"max_length": 128, "max_steps": -1, "num_train_epochs": 2, "packing": packing, "learning_rate": 3e-3}
+    config = tiny_config(tmp_path, data=write_chats(tmp_path / "chats.jsonl"), apex={"stages": 2}, **changes)
+    config = dataclasses.replace(config, eval_data=(SourceConfig(str(write_chats(tmp_path / "held_out.jsonl", 4))),))
+    summary = train_one(config)
+    assert summary["tokens"] == 2 * summary["data"]["tokens"]
+    assert 0.1 < summary["data"]["supervised_share"] < 0.8
+    assert summary["eval_loss_end"] < summary["eval_loss_start"] - 0.3
+    assert summary["fused_max_abs_logit_difference"] == 0
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    _, folder = run_briefly(tmp_path, report_to=("tensorboard",), max_steps=2)
+    assert list((folder / "tensorboard").glob("events.*"))
+
+
+def test_stderr_has_no_bars_of_transformers(tmp_path, capfd):
+    write_texts(tmp_path / "t.jsonl")
+    run_briefly(tmp_path, save_steps=2)
+    shown = capfd.readouterr().err
+    assert "step 4/4" in shown
+    assert "stage 2 of 2 begins" in shown
+    assert "it/s" not in shown
