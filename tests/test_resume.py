@@ -33,7 +33,6 @@ KINDS = {
 
 
 def make_config(folder: Path, kind: str, model: str) -> RunConfig:
-    folder.mkdir(exist_ok=True)
     return tiny_config(folder, model=model, save_steps=2, max_steps=-1, num_train_epochs=2, **KINDS[kind])
 
 

@@ -61,7 +61,7 @@ def read(folder: Path) -> dict:
 
 def test_what_is_in_the_folder(finished, folder):
     found = files_of(folder)
-    both = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "activations.safetensors"}
+    both = {"config.yaml", "data.json", "environment.json", "metrics.jsonl", "summary.json", "activations.safetensors"}
     both |= {f"model/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json", "README.md")}
     assert both | {"report.html"} <= found
     assert {f"control/{name}" for name in both} <= found

@@ -66,6 +66,7 @@ def write_chats(path: Path, conversations: int = 24) -> Path:
 def tiny_config(folder: Path, *, data: Path | None = None, apex: dict | None = None, **changes) -> RunConfig:
     """A run of 12 steps in 3 stages on a tiny model, all of it in `folder`. Its 23 blocks make 6 steps an epoch, of
     which the last is a smaller one."""
+    folder.mkdir(exist_ok=True)
     settings = {
         "model": "tiny-llama",
         "data": (SourceConfig(str(data or write_texts(folder / "text.jsonl"))),),

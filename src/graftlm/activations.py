@@ -256,11 +256,15 @@ class ActivationRecorder:
             state[f"{name}.votes"] = self.votes[name]
             state[f"{name}.sums"] = self.sums[name]
             state[f"{name}.samples"] = torch.tensor(self.samples[name])
+            state[f"{name}.fallback"] = torch.tensor(name in self._gate_fallback)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.tokens = int(state["tokens"])
-        for name in self.votes:
+        for block in self.anatomy.blocks:
+            name = block.name
+            if state[f"{name}.fallback"] and name not in self._gate_fallback:
+                self._watch_gate(block)
             self.votes[name] = state[f"{name}.votes"].clone()
             self.sums[name] = state[f"{name}.sums"].clone()
             self.samples[name] = int(state[f"{name}.samples"])

@@ -67,7 +67,13 @@ class Apex:
         self._expansion_of = {tie.name: expansion for expansion in self.expansions for tie in expansion.ties}
         self.operator_parameters = sum(p.numel() for tie in self.ties for p in tie.parameters())
         self.budget = plan_budget(
-            model, self.anatomy, self.sizes, self.operator_parameters, config.trains, config.trainable_budget
+            model,
+            self.anatomy,
+            self.sizes,
+            self.operator_parameters,
+            config.trains,
+            config.trainable_budget,
+            n_first=config.authors_diagonals,
         )
         self.slices = SlicedTraining(model, self.budget, self.expansions) if self.budget.blocks else None
         self.container = nn.ModuleDict({tie.name: tie for tie in self.ties})
@@ -80,7 +86,7 @@ class Apex:
         self.recorder.differentiable = config.activation_regularization > 0
         self.choices: dict[str, Choice] = {}
         self.optimizer: torch.optim.Optimizer | None = None
-        self._pulled = False
+        self._pulled_at = -1  # tokens of training passes when gradients were last pulled back
         self._handles: list[Any] = []
         self._groups: list[tuple[int, int]] = []
         """Parameter group of each operator (of all, where they share a rate), with the place of its tie."""
@@ -253,14 +259,14 @@ class Apex:
         find = self.slices.gradient if self.slices is not None else self._gradient
         for expansion in self.expansions:
             expansion.pull_back(find)
-        self._pulled = True
+        self._pulled_at = self.recorder.tokens
 
     def _gradient(self, name: str) -> tuple[Tensor, Tensor | None] | None:
         grad = self.model.get_parameter(name).grad
         return None if grad is None else (grad, None)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        if not self._pulled:
+        if self._pulled_at != self.recorder.tokens:
             raise UserError("apex: call pull_back() after backward() and before clipping and optimizer.step()")
         self._rates = {group: optimizer.param_groups[group]["lr"] for group, _ in self._groups}
         for group, tie in self._groups:
@@ -278,7 +284,7 @@ class Apex:
             self.slices.write()
         for expansion in self.expansions:
             expansion.apply()
-        self._pulled = False
+        self._pulled_at = -1
 
     def due(self, epoch: float | None = None) -> bool:
         """Whether the next stage is due."""

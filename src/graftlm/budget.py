@@ -69,12 +69,20 @@ def embedding_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def plan_budget(
-    model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int], operators: int, regime: str, share: float
+    model: nn.Module,
+    anatomy: Anatomy,
+    sizes: Mapping[str, int],
+    operators: int,
+    regime: str,
+    share: float,
+    *,
+    n_first: bool = False,
 ) -> Budget:
     """Fill the budget `share` of all parameters: operators, then (half) embeddings and LM head, then components.
 
     Components come most extreme first, N and P of all layers alternating, then (half) the next lowest ones; what no
-    longer fits is passed over, so the smallest component, a channel, decides how closely the budget is met.
+    longer fits is passed over, so the smallest component, a channel, decides how closely the budget is met. `n_first`:
+    N before P, where N has to train whole.
     """
     total = sum(p.numel() for p in model.parameters())
     half = regime == "half"
@@ -97,7 +105,7 @@ def plan_budget(
         size = sizes[block.name]
         between = block.components - 2 * size if half else 0
         kind = anatomy.kinds.index(block.kind)
-        for tier, side, count in ((0, "n", size), (0, "p", size), (1, "rest", between)):
+        for tier, side, count in ((0, "n", size), (int(n_first), "p", size), (2, "rest", between)):
             order += [(tier, (j + 0.5) / count, kind, block.layer, block, side) for j in range(count)]
     order.sort(key=lambda item: item[:4])
     costs = {block.name: component_size(model, block, budget.followers) for block in anatomy.blocks}

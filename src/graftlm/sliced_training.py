@@ -91,10 +91,11 @@ class SlicedTraining(nn.Module):
         for module in dict.fromkeys([m.module for _, m in self._layers()]):
             found, here = self.slice_of(module), routes.get(module, [])
             if module in self._plans:
-                self._plans[module].routes = here
+                self._plans[module].lay(here)
             elif found is not None or here:
-                self._plans[module] = Plan(found, here, self._dims[module])
-                self._undo.append(install(linear(self._model[0], module), self._plans[module]))
+                self._plans[module] = plan = Plan(found, self._dims[module])
+                plan.lay(here)
+                self._undo.append(install(linear(self._model[0], module), plan))
 
     def write(self) -> None:
         """Write what trained into the model's weights."""

@@ -69,13 +69,23 @@ class Route:
         return panel.view(k, slots, -1).permute(2, 1, 0).reshape(-1, slots * k).to(like.dtype)
 
 
-@dataclass
 class Plan:
     """What a sliced linear layer needs in its backward pass besides tensors."""
 
-    slice: Slice | None
-    routes: list[Route]
-    dim: int
+    def __init__(self, found: Slice | None, dim: int):
+        self.slice = found
+        self.dim = dim
+        self.routes: list[Route] = []
+        self.pulled: list[tuple[Tensor, Tensor]] = []
+        """For each route of mixed columns: those of P that train, by place in the slice and in P; int64 [n] each."""
+
+    def lay(self, routes: list[Route]) -> None:
+        """Start of a stage. What depends on indices alone is worked out here: looking at them stalls a GPU."""
+        self.routes, self.pulled = routes, []
+        for route in routes:
+            places = self.slice.places[route.p.flatten()] if self.slice is not None and self.dim == 1 else route.p[:0]
+            kept = (places.flatten() >= 0).nonzero()[:, 0]
+            self.pulled.append((places.flatten()[kept], kept))
 
 
 class _SlicedLinear(torch.autograd.Function):
@@ -137,12 +147,10 @@ def _pulled_inputs(x: Tensor, plan: Plan) -> Tensor:
     """Inputs [T, count] that the raw columns of the slice see: x, plus M^T x_N where a column of P trains."""
     assert plan.slice is not None
     inputs = x[:, plan.slice.index]
-    for route in plan.routes:
-        places = plan.slice.places[route.p.flatten()]
-        kept = (places >= 0).nonzero()[:, 0]
+    for route, (places, kept) in zip(plan.routes, plan.pulled, strict=True):
         if len(kept):
             back = route.to_tokens(route.operator.adjoint(route.by_rows(x, route.n)), x)
-            inputs = inputs.index_add(1, places[kept], back[:, kept])
+            inputs = inputs.index_add(1, places, back[:, kept])
     return inputs
 
 

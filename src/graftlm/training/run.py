@@ -63,7 +63,7 @@ def train_one(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     code = {"trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model, chat_template=config.chat_template, **code)
     data = prepare_data(config, tokenizer)
-    _check_same_data(run, data)
+    _check_same_data(run, data, goes_on=checkpoint is not None)
     model = load_model(config.model, dtype=config.dtype, attn_implementation=config.attn_implementation, **code)
     check_vocabulary(model, tokenizer)
     display = Display("control" if run.name == "control" else config.method)
@@ -123,9 +123,9 @@ def _check_same_config(config: RunConfig, run: Path) -> None:
         )
 
 
-def _check_same_data(run: Path, data: PreparedData) -> None:
+def _check_same_data(run: Path, data: PreparedData, *, goes_on: bool) -> None:
     """A resumed run, and a control, must see the tokens that the run began with."""
-    for folder in (run, run.parent) if run.name == "control" else (run,):
+    for folder in [run] * goes_on + [run.parent] * (run.name == "control"):
         path = folder / "data.json"
         if path.exists() and read_json(path)["fingerprint"] != data.fingerprint:
             raise UserError(
