@@ -309,7 +309,7 @@ def test_state_round_trip():
     for batch in data[:2]:
         train_pass(model, batch)
     other = recorder_of(tiny_model())
-    other.load_state_dict(counts(recorder))
+    other.load_state_dict(recorder.state_dict())
     same(counts(other), counts(recorder))
     for batch in data[2:]:
         train_pass(model, batch)

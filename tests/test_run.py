@@ -275,8 +275,23 @@ def test_tensorboard(tmp_path, monkeypatch):
     assert list((folder / "tensorboard").glob("events.*"))
 
 
+def test_without_a_checkpoint_a_run_begins_anew_with_other_data(tmp_path):
+    """What was interrupted before it kept anything binds nobody."""
+    config = tiny_config(tmp_path)
+
+    class Interrupted(run.RunTrainer):
+        def begin_run(self):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "RunTrainer", Interrupted)
+        train_one(config)
+    assert (tmp_path / "run/data.json").exists()
+    write_texts(tmp_path / "text.jsonl", documents=4)
+    assert train_one(config)["data"]["documents"] == 4
+
+
 def test_stderr_has_no_bars_of_transformers(tmp_path, capfd):
-    write_texts(tmp_path / "t.jsonl")
     run_briefly(tmp_path, save_steps=2)
     shown = capfd.readouterr().err
     assert "step 4/4" in shown

@@ -330,7 +330,10 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def check_checkpoint(checkpoint: Path) -> None:
     """Raise UserError, naming the file and what to do, if a file of `checkpoint` is missing or torn."""
-    read_json(checkpoint / STATE_FILE)
+    try:
+        read_json(checkpoint / STATE_FILE)
+    except UserError as error:
+        raise UserError(f"{error}; delete the checkpoint {checkpoint} and go on from an earlier one") from error
     for file in sorted({checkpoint / OPTIMIZER_FILE, checkpoint / RANDOM_FILE, *checkpoint.glob("*.safetensors")}):
         check_tensors(file)
 
