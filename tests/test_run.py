@@ -28,6 +28,8 @@ STAGE = {
     *("step", "tokens", "steps", "heads", "channels", "eval_loss_start"),
     *("eval_loss_before_fusion", "eval_loss_after_fusion"),
 }
+TOKENS = sum(len(words(60, i)) + 1 for i in range(5))
+"""Of the data of tiny_config: one a letter, and one that ends the document."""
 IDS = torch.arange(40, 72)[None]
 
 
@@ -81,12 +83,12 @@ def test_summary(folder):
     assert summary["control"]["control"] is None
     for one in (summary, summary["control"]):
         assert one["steps"] == 12
-        assert one["tokens"] == 2 * 1415  # twice all tokens of the data: neither padding nor evaluation counts
+        assert one["tokens"] == 2 * TOKENS  # twice all tokens of the data: neither padding nor evaluation counts
         assert one["seconds"] > 0
         assert one["peak_memory_bytes"] > 50e6
         assert one["eval_loss_end"] < one["eval_loss_start"]
         assert one["fused_max_abs_logit_difference"] == 0
-        assert one["data"]["tokens"] == 1415
+        assert one["data"]["tokens"] == TOKENS
         assert one["trainable_fraction"] == one["trainable_parameters"] / one["total_parameters"]
     assert summary["eval_loss_start"] == summary["control"]["eval_loss_start"]
     assert summary["operator_parameters"] > 0 == summary["control"]["operator_parameters"]
@@ -99,7 +101,7 @@ def test_stages(folder):
     assert [(stage["step"], stage["steps"]) for stage in stages] == [(0, 4), (4, 4), (8, 4)]
     tokens = {line["step"]: line["tokens"] for line in read_metrics(folder) if line["event"] == "train"}
     assert [stage["tokens"] for stage in stages] == [0, tokens[4], tokens[8]]
-    assert tokens[12] == 2830
+    assert tokens[12] == 2 * TOKENS
     for stage in stages:
         assert stage.keys() >= STAGE
         assert stage["eval_loss_before_fusion"] == stage["eval_loss_after_fusion"] < stage["eval_loss_start"]

@@ -1,6 +1,5 @@
 """APEX inside TRL's SFTTrainer."""
 
-
 import pytest
 from datasets import Dataset
 from tiny_runs import words
@@ -50,7 +49,7 @@ def test_it_learns_and_counts_conversations(changes, tmp_path):
         processing_class=build_tiny_tokenizer(),
         args=config,
         train_dataset=conversations(),
-        apex=ApexConfig(**{**APEX, "k_heads": 0.5}),
+        apex=ApexConfig(stages=2, k_heads=0.5, assess_samples=6),
     )
     assert issubclass(ApexSFTTrainer, ApexMixin)
     trainer.train()

@@ -20,6 +20,7 @@ from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.training.control import control_config
 
 torch.set_num_threads(1)  # products are tiny: with more, threads only wait for each other
+gc.freeze()  # every run collects garbage twice; what was imported is none, and takes long to look through
 
 WORDS = [
     *("the", "a", "cat", "dog", "runs", "sees", "house"),
@@ -120,7 +121,6 @@ def run_quietly(
 
     Moments: before every micro-batch, and whenever something is to be put on the disk for good or to get its name.
     """
-    gc.freeze()  # training collects garbage; what was imported is none
     passed = 0
 
     def moment(function):

@@ -98,7 +98,7 @@ def estimate(
         "memory_peak_at": memory["at"],
         "measured_on": (
             f"{probe.layers} of {counted.layers} layers, {probe.vocabulary:,} of {counted.vocabulary:,} rows of the LM "
-            f"head, {probe.rows} x {probe.length} tokens, whole steps on {run_device(model).type}, the median of a few"
+            f"head, {probe.rows} x {probe.length} tokens, whole steps on {run_device(model).type}, the fastest of a few"
         ),
         "notes": counted.notes,
     }
@@ -275,6 +275,7 @@ def _memory(config: RunConfig, counted: Counted, probe: Probe, tokens: int, proc
     held = counted.gradient_bytes if config.gradient_accumulation_steps > 1 else 0
     saves = config.save_steps or (config.method == "apex" and config.apex.stages > 1)
     evaluated = config.per_device_eval_batch_size * config.max_length * counted.vocabulary * FLOAT32
+    evaluated = evaluated if config.eval_data or config.eval_fraction else 0
     # Besides weights and optimizer state. The loss's backward pass holds two more tables of the logits' size: its own
     # gradient and the logits'. A tied embedding's two gradients are added up at the end.
     moments: dict[str, dict[str, float]] = {

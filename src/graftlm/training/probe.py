@@ -7,7 +7,6 @@ plan.py: layers by their number, the LM head by its rows, both by floating-point
 import contextlib
 import copy
 import dataclasses
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,13 +23,15 @@ from graftlm.training.config import RunConfig
 
 LAYERS = 2
 """Layers of the copy: more would be no more exact, since each layer is timed where it runs, not by a difference."""
-LARGE = 2**25
-"""Weights of one layer above which the copy has only one, and that its part of the embedding has at most: the
-vocabulary may be most of a model."""
+LARGE_LAYER = 2**25
+"""Weights of a layer above which the copy has only one."""
+EMBEDDING = 2**23
+"""Weights that the copy's part of the embedding has at most: the vocabulary may be most of a model."""
 PASS_SECONDS = 1.5
 """A forward and backward pass that would take longer gets fewer rows, then shorter ones."""
-PASSES, ENOUGH_SECONDS = 3, 5
-"""Steps that are timed; no further one begins after so many seconds."""
+PASSES, ENOUGH_SECONDS = 5, 5
+"""Steps that are timed; no further one begins after so many seconds. The fastest of each part counts: what else runs on
+the machine stalls short operations far more than a run's own, so a mean would say more about it than about the run."""
 WARM_UP_TOKENS = 64
 
 
@@ -80,7 +81,7 @@ def run_device(model: nn.Module) -> torch.device:
 def layers_to_copy(model: PreTrainedModel) -> int:
     """How many layers a copy of `model` has."""
     layers = decoder_layers(model)[1]
-    return min(len(layers), LAYERS if sum(p.numel() for p in layers[0].parameters()) <= LARGE else 1)
+    return min(len(layers), LAYERS if sum(p.numel() for p in layers[0].parameters()) <= LARGE_LAYER else 1)
 
 
 def cut(model: PreTrainedModel, layers: int, vocabulary: int) -> PreTrainedModel:
@@ -271,16 +272,15 @@ def measure(config: RunConfig, model: PreTrainedModel, *, rows: int, length: int
     operators and slices in the first `layers` layers (budgets below 100%).
     """
     embedding: Any = model.get_input_embeddings()
-    vocabulary = min(embedding.weight.shape[0], max(1, LARGE // embedding.weight.shape[1]))
+    vocabulary = min(embedding.weight.shape[0], max(1, EMBEDDING // embedding.weight.shape[1]))
     probe = Probe(layers, vocabulary, rows, length)
     with torch.random.fork_rng():
         run = _Run(config, model, probe, trained, run_device(model))
         try:
             short = min(length, WARM_UP_TOKENS)
-            for _ in range(2):  # the first one also pays for what is set up once
-                taken = run.forward_and_backward(1, short)
-                run.optimizer.zero_grad()
-            a_token = sum(taken.values()) / short
+            warm_up = [sum(run.forward_and_backward(1, short).values()) for _ in range(PASSES)]
+            run.optimizer.zero_grad()
+            a_token = min(warm_up) / short  # the first one also pays for what is set up once
             while probe.rows * probe.length * a_token > PASS_SECONDS and probe.rows * probe.length > short:
                 if probe.rows > 1:
                     probe.rows = probe.rows // 2
@@ -296,7 +296,7 @@ def measure(config: RunConfig, model: PreTrainedModel, *, rows: int, length: int
             while len(times) < PASSES and (not times or time.perf_counter() - begun < ENOUGH_SECONDS):
                 times.append(run.forward_and_backward(probe.rows, probe.length) | run.update())
             for name in times[0]:
-                setattr(probe, name, statistics.median(t[name] for t in times))
+                setattr(probe, name, min(t[name] for t in times))
         finally:
             run.close()
     return probe
