@@ -134,13 +134,17 @@ class ActivationRecorder:
         """Squared norms per sample and unit: [B, S, units, width] -> float32 [n, units]."""
         if not self.differentiable:
             x = x.detach()
+        dtype = self._dtype(x)
+        if x.shape[-1] == 1:
+            by_token = x.squeeze(-1).to(dtype).square()  # [B, S, units]
+        else:
+            by_token = torch.linalg.vector_norm(x, dim=3, dtype=dtype).square()
         if self.per == "microbatch":
-            return torch.linalg.vector_norm(x, dim=(0, 1, 3), dtype=self._dtype(x)).square()[None]
+            return by_token.sum((0, 1))[None]
         if self._members is None:
-            return torch.linalg.vector_norm(x, dim=(1, 3), dtype=self._dtype(x)).square()
-        by_token = x.to(self._dtype(x)).square().sum(-1).flatten(0, 1)  # [B * S, units]
+            return by_token.sum(1)
         with torch.autocast(by_token.device.type, enabled=False):  # which would round the sums to bfloat16
-            return self._members.to(by_token.dtype) @ by_token
+            return self._members.to(dtype) @ by_token.flatten(0, 1)
 
     @staticmethod
     def _dtype(x: Tensor) -> torch.dtype:

@@ -222,8 +222,6 @@ class Apex:
         rate = self.config.operator_learning_rate
         if rate != "auto":
             return float(rate)
-        if tie.operator is None:
-            return 1.0
         panels = self._expansion_of[tie.name].advantageous_panels(tie)
         rms = float(torch.cat([p.flatten() for p in panels]).double().square().mean().sqrt())
         return 1.0 / (tie.operator.spread() * rms) if rms > 0 else 1.0

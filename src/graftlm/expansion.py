@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graftlm.advantage import Choice
 from graftlm.anatomy import Block, Matrix, linear
-from graftlm.operators import Operator, OperatorKind, make_operator
+from graftlm.operators import OperatorKind, make_operator
 
 
 def take(weight: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -38,8 +38,9 @@ def unpanel(panel: Tensor, weight: Tensor, dim: int, index: Tensor) -> Tensor:
         return panel[:, 0]
     slots, k = index.shape
     if dim == 0:
-        return panel.view(k, slots, -1).transpose(0, 1).reshape(slots * k, -1)
-    return panel.view(k, slots, -1).permute(2, 1, 0).reshape(-1, slots * k)
+        return panel.reshape(k, slots, -1).transpose(0, 1).reshape(slots * k, -1)
+    # Contiguous: copying columns from a transposed view takes three times as long.
+    return panel.reshape(k, slots, -1).permute(2, 1, 0).reshape(-1, slots * k).contiguous()
 
 
 def put_(weight: Tensor, dim: int, index: Tensor, panel: Tensor) -> None:
@@ -47,11 +48,11 @@ def put_(weight: Tensor, dim: int, index: Tensor, panel: Tensor) -> None:
     weight.index_copy_(dim, index.flatten(), unpanel(panel, weight, dim, index))
 
 
-def add_(weight: Tensor, dim: int, index: Tensor, panel: Tensor) -> None:
-    """weight[index] += panel, in place; entries of `index` below 0 (not trained) are left out."""
+def add_(weight: Tensor, dim: int, index: Tensor, panel: Tensor, partly: bool) -> None:
+    """weight[index] += panel, in place. `partly`: entries of `index` below 0 (not trained) are left out."""
     flat, values = index.flatten(), unpanel(panel, weight, dim, index)
-    kept = (flat >= 0).nonzero()[:, 0]
-    if len(kept) < len(flat):
+    if partly:
+        kept = (flat >= 0).nonzero()[:, 0]
         flat, values = flat[kept], values.index_select(dim, kept)
     weight.index_add_(dim, flat, values)
 
@@ -89,7 +90,7 @@ class Tie(nn.Module):
         block: Block,
         matrices: tuple[Matrix, ...],
         size: int,
-        kind: OperatorKind | None,
+        kind: OperatorKind,
         diagonals: bool,
     ):
         super().__init__()
@@ -100,9 +101,9 @@ class Tie(nn.Module):
         """N does not train whole, so there is no G[N]: the operator's gradient comes token by token (slices.py)."""
         self.pieces = pieces_of(model, matrices)
         weight = linear(model, matrices[0].module).weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.dtype = dtype = torch.promote_types(weight.dtype, torch.float32)
         self.k = size * block.width
-        self.operator: Operator | None = make_operator(kind, self.k, dtype, weight.device) if kind else None
+        self.operator = make_operator(kind, self.k, dtype, weight.device)
         # The authors' diagonals: on N in every mixed matrix, on P where rows are mixed (v, up, gate).
         mixes_rows = [m for m in matrices if m.dim == 0]
         ones = torch.ones(len(matrices) if diagonals else 0, self.k, dtype=dtype, device=weight.device)
@@ -119,8 +120,7 @@ class Tie(nn.Module):
 
     def reset(self, generator: torch.Generator) -> None:
         """Start of a stage: an operator of exactly zero, diagonals of exactly one."""
-        if self.operator is not None:
-            self.operator.reset(generator)
+        self.operator.reset(generator)
         with torch.no_grad():
             for scale in (self.scale_n, self.scale_p):
                 if scale is not None:
@@ -139,16 +139,28 @@ class Expansion:
         self.model = model
         self.block = block
         self.ties = ties
-        self.choice: Choice | None = None
+        self._choice: Choice | None = None
+        self._located: dict[str, tuple[Tensor, Tensor]] = {}
         self.raw: dict[str, Tensor] = {}
         """Raw panels: "<parameter>:n", and ":p" where diagonals change P too; the model holds the effective ones."""
 
+    @property
+    def choice(self) -> Choice | None:
+        """P and N of the stage; None between stages."""
+        return self._choice
+
+    @choice.setter
+    def choice(self, choice: Choice | None) -> None:
+        self._choice, self._located = choice, {}
+
     def _indices(self, piece: Piece) -> tuple[Tensor, Tensor]:
-        """Positions of N and P along the piece's dimension, [slots, k] each."""
-        assert self.choice is not None
-        device = self.model.get_parameter(piece.name).device
-        n, p = self.choice.disadvantageous.to(device), self.choice.advantageous.to(device)
-        return piece.matrix.index(n), piece.matrix.index(p)
+        """Positions of N and P along the piece's dimension, [slots, k] each; worked out once a stage."""
+        if piece.key not in self._located:
+            assert self._choice is not None
+            device = self.model.get_parameter(piece.name).device
+            n, p = self._choice.disadvantageous.to(device), self._choice.advantageous.to(device)
+            self._located[piece.key] = piece.matrix.index(n), piece.matrix.index(p)
+        return self._located[piece.key]
 
     def _mixed(self) -> Iterator[tuple[Tie, Piece, Tensor, Tensor, Tensor]]:
         for tie in self.ties:
@@ -169,13 +181,8 @@ class Expansion:
         return names
 
     def advantageous_panels(self, tie: Tie) -> list[Tensor]:
-        """What the tie's operator acts on: the raw panel of P of each piece (effective = raw unless diagonals)."""
-        return [
-            self.raw.get(
-                f"{piece.key}:p", take(self.model.get_parameter(piece.name).data, piece.dim, self._indices(piece)[1])
-            )
-            for piece in tie.pieces
-        ]
+        """What the tie's operator acts on."""
+        return [self._raw_p(piece, weight, p) for other, piece, weight, _, p in self._mixed() if other is tie]
 
     @torch.no_grad()
     def begin(self, choice: Choice, generator: torch.Generator) -> None:
@@ -205,70 +212,43 @@ class Expansion:
     def apply(self) -> None:
         """Keep the raw weights that the model holds now and write the effective ones: W~[N] = W[N] + M W[P]."""
         self._remember()
-        for tie in self.ties:
-            located = [
-                (piece, self.model.get_parameter(piece.name).data, *self._indices(piece)) for piece in tie.pieces
-            ]
-            panels = [take(weight, piece.dim, p) for piece, weight, _, p in located]
-            for (piece, weight, n, p), added in zip(located, self._carried(tie, panels), strict=True):
-                scale_n, scale_p = tie.scale_of(piece)
-                raw_n = self.raw[piece.key + ":n"].to(added.dtype)
-                put_(weight, piece.dim, n, (raw_n if scale_n is None else scale_n * raw_n) + added)
-                if scale_p is not None:
-                    put_(weight, piece.dim, p, scale_p * self.raw[piece.key + ":p"])
+        for tie, piece, weight, n, p in self._mixed():
+            raw_n, raw_p = self.raw[piece.key + ":n"], self._raw_p(piece, weight, p)
+            added = tie.operator(raw_p.to(tie.dtype))
+            scale_n, scale_p = tie.scale_of(piece)
+            put_(weight, piece.dim, n, added.add_(raw_n if scale_n is None else scale_n * raw_n))
+            if scale_p is not None:
+                put_(weight, piece.dim, p, scale_p * raw_p)
 
-    @staticmethod
-    def _carried(tie: Tie, panels: list[Tensor]) -> list[Tensor]:
-        """M W[P] for each panel, as one product."""
-        if tie.operator is None:
-            return [torch.zeros_like(panel) for panel in panels]
-        dtype = next(tie.operator.parameters()).dtype
-        widths = [panel.shape[1] for panel in panels]
-        return list(tie.operator(torch.cat(panels, 1).to(dtype)).split(widths, 1))
+    def _raw_p(self, piece: Piece, weight: Tensor, p: Tensor) -> Tensor:
+        """The raw panel of P; effective weights of P are the raw ones unless there are diagonals."""
+        kept = self.raw.get(piece.key + ":p")
+        return take(weight, piece.dim, p) if kept is None else kept
 
     @torch.no_grad()
     def pull_back(self, gradient: Gradients) -> None:
         """Turn gradients by effective weights into gradients by raw weights, operators and diagonals, in place."""
-        for tie in self.ties:
-            if not tie.by_tokens:
-                self._pull_back_tie(tie, gradient)
-
-    def _pull_back_tie(self, tie: Tie, gradient: Gradients) -> None:
-        dtype = next(tie.parameters()).dtype
-        located = []
-        for piece in tie.pieces:
-            found = gradient(piece.name)
+        for tie, piece, weight, full_n, full_p in self._mixed():
+            found = None if tie.by_tokens else gradient(piece.name)
             if found is None:
                 continue
             grad, places = found
-            full_n, full_p = self._indices(piece)
             n, p = (full_n, full_p) if places is None else (places[full_n], places[full_p])
-            raw_p = self.raw.get(piece.key + ":p")
-            if raw_p is None:
-                raw_p = take(self.model.get_parameter(piece.name).data, piece.dim, full_p)
-            located.append((piece, grad, n, p, take(grad, piece.dim, n).to(dtype), raw_p.to(dtype)))
-        if not located:
-            return
-        if tie.operator is not None:
-            g = torch.cat([item[4] for item in located], 1)
-            x = torch.cat([item[5] for item in located], 1)
-            back, factors = tie.operator.pull_back(x, g)
-            for parameter, grad in zip(tie.operator.parameters(), factors, strict=True):
-                accumulate(parameter, grad)
-            backs = back.split([item[4].shape[1] for item in located], 1)
-        else:
-            backs = tuple(torch.zeros_like(item[5]) for item in located)
-        for (piece, grad, n, p, g_n, raw_p), back in zip(located, backs, strict=True):
+            g_n = take(grad, piece.dim, n).to(tie.dtype)
+            raw_p = self._raw_p(piece, weight, full_p).to(tie.dtype)
+            back, factors = tie.operator.pull_back(raw_p, g_n)
+            for parameter, factor in zip(tie.operator.parameters(), factors, strict=True):
+                accumulate(parameter, factor)
             scale_n, scale_p = tie.scale_of(piece)
             if scale_n is not None:
-                raw_n = self.raw[piece.key + ":n"].to(dtype)
+                raw_n = self.raw[piece.key + ":n"].to(tie.dtype)
                 self._accumulate_scale(tie, tie.scale_n, piece, (g_n * raw_n).sum(1))
                 put_(grad, piece.dim, n, scale_n * g_n)
             if scale_p is not None:
-                g_p = take(grad, piece.dim, p).to(dtype)
+                g_p = take(grad, piece.dim, p).to(tie.dtype)
                 self._accumulate_scale(tie, tie.scale_p, piece, (g_p * raw_p).sum(1))
                 put_(grad, piece.dim, p, scale_p * g_p)
-            add_(grad, piece.dim, p, back)
+            add_(grad, piece.dim, p, back, partly=places is not None)
 
     @staticmethod
     def _accumulate_scale(tie: Tie, scale: nn.Parameter | None, piece: Piece, grad: Tensor) -> None:

@@ -120,7 +120,9 @@ class Monarch(Operator):
 
     def _split(self, x: Tensor) -> Tensor:
         """[k, d] -> [a, b, d], padded with zeros."""
-        return F.pad(x, (0, 0, 0, self.a * self.b - self.k)).view(self.a, self.b, -1)
+        if self.a * self.b > self.k:
+            x = F.pad(x, (0, 0, 0, self.a * self.b - self.k))
+        return x.unflatten(0, (self.a, self.b))
 
     def _join(self, x: Tensor) -> Tensor:
         """[a, b, d] -> [k, d]."""

@@ -26,7 +26,7 @@ def effective(raw: Tensor, tie: Tie, piece: Piece, choice: Choice) -> Tensor:
     matrix, dtype = piece.matrix, raw.dtype
     raw = raw.to(torch.promote_types(dtype, torch.float32))
     n, p = choice.disadvantageous.cpu(), choice.advantageous.cpu()
-    mixer = tie.operator.matrix().to(raw.dtype) if tie.operator is not None else raw.new_zeros(tie.k, tie.k)
+    mixer = tie.operator.matrix().to(raw.dtype)
     scale_n, scale_p = (None if s is None else s[:, 0].to(raw.dtype) for s in tie.scale_of(piece))
     if piece.dim == 1:
         # o_proj's columns viewed as [out, group, slot, dim], M as [n, e, p, d] (apex.md's formula for grouped queries)

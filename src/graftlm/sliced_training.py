@@ -82,7 +82,7 @@ class SlicedTraining(nn.Module):
         for expansion in self._expansions:
             choice = choices[expansion.block.name]
             for tie in expansion.ties:
-                if not tie.by_tokens or tie.operator is None:
+                if not tie.by_tokens:
                     continue
                 for matrix in tie.matrices:
                     device = linear(self._model[0], matrix.module).weight.device

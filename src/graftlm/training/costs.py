@@ -119,8 +119,6 @@ def _sum(sizes: dict[str, int], prefix: str, outside: bool = False) -> int:
 
 def _route_flops(apex: Apex, tie: Tie) -> int:
     """A token's share in an operator whose gradient is read off token by token (slices.py)."""
-    if tie.operator is None:
-        return 0
     total = 0
     for matrix in tie.matrices:
         cost = operator_flops(tie.operator, matrix.slots)
@@ -142,9 +140,8 @@ def step_flops(apex: Apex) -> int:
     """Of the operators in one optimizer step, whatever its tokens: gradients pulled back, W~ written."""
     total = 0
     for tie in apex.ties:
-        if tie.operator is not None:
-            cost = operator_flops(tie.operator, panel_columns(apex.model, tie))
-            total += cost.apply + (0 if tie.by_tokens else cost.pull_back)
+        cost = operator_flops(tie.operator, panel_columns(apex.model, tie))
+        total += cost.apply + (0 if tie.by_tokens else cost.pull_back)
     return total
 
 
