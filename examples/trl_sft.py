@@ -30,6 +30,7 @@ trainer = ApexSFTTrainer(
         assistant_only_loss=True,
         report_to="none",
         use_cpu=True,
+        activation_checkpointing=False,
     ),
     train_dataset=Dataset.from_list(rows),
     apex=ApexConfig(stages=2, assess_samples=16),

@@ -68,7 +68,7 @@ def train_one(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     check_vocabulary(model, tokenizer)
     display = Display("control" if run.name == "control" else config.method)
     _tell_data(display, data)
-    planned = estimate(config, model, data.statistics.blocks)
+    planned = estimate(config, model, data.statistics.blocks, tokens=data.statistics.tokens)
     total_parameters = sum(p.numel() for p in model.parameters())
     use_cache = model.config.use_cache
     model.config.use_cache = False  # packed documents are kept apart only without a cache
