@@ -51,7 +51,7 @@ def plot_activations(activations: Activations, kind: str, path: Path, *, note: s
     if not panels:
         return None
     held = ", ".join(
-        f"{v:.0%} {when}" for when, v in mean_over_layers(panels_of(panels, kind), kind, top_share).items()
+        f"{v:.0%} ({when})" for when, v in mean_over_layers(panels_of(panels, kind), kind, top_share).items()
     )
     first = next(iter(next(iter(panels.values())).values()))
     top = max(1, round(0.1 * len(first)))
