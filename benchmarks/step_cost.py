@@ -10,9 +10,7 @@ printed, and the last line is one JSON object.
 import argparse
 import json
 import multiprocessing
-import platform
 import random
-import resource
 import statistics
 import sys
 import time
@@ -23,16 +21,11 @@ import torch
 
 from graftlm.apex import Apex
 from graftlm.apex_config import ApexConfig
-from graftlm.environment import describe_environment
+from graftlm.environment import describe_environment, peak_memory_bytes
 from graftlm.files import write_json
 from graftlm.models import load_model
 
 VARIANTS = ("plain", "apex")
-
-
-def peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def worker(variant: str, options: argparse.Namespace, pipe: Connection) -> None:
@@ -74,7 +67,7 @@ def worker(variant: str, options: argparse.Namespace, pipe: Connection) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        pipe.send((time.perf_counter() - begin, spans, peak_bytes()))
+        pipe.send((time.perf_counter() - begin, spans, peak_memory_bytes()))
 
 
 def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import transformers
 
 import graftlm
 from graftlm import environment
-from graftlm.environment import describe_environment
+from graftlm.environment import describe_environment, peak_memory_bytes
 
 
 def test_says_what_a_result_depends_on():
@@ -72,3 +73,14 @@ def test_commit_is_that_of_a_checkout_that_tracks_the_package(tmp_path):
 def test_no_git_at_all(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert describe_environment()["git_commit"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the peak is then the GPU's")
+def test_peak_memory_is_of_this_process_alone():
+    """What a parent held must not show in its child (getrusage's peak survives exec on Linux)."""
+    code = "from graftlm.environment import peak_memory_bytes; print(peak_memory_bytes())"
+    held = bytearray(800 * 2**20)
+    held[::4096] = b"x" * len(held[::4096])
+    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+    assert peak_memory_bytes() > len(held)
+    assert 2**20 < child < len(held)

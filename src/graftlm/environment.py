@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,20 @@ def describe_environment() -> dict[str, Any]:
         "git_commit": commit,
         "git_changed": changed,
     }
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held so far: by tensors on the GPU where there is one, else by this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: on Linux its peak survives exec, so a child would report what its parent held.
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def _version(package: str) -> str | None:

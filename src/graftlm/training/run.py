@@ -1,7 +1,6 @@
 """`graftlm train`: one run from a config to a folder that explains itself."""
 
 import gc
-import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from graftlm.activations import ActivationRecorder
 from graftlm.anatomy import read_anatomy
 from graftlm.configuring import config_to_dict, dump_yaml, load_config
-from graftlm.environment import describe_environment
+from graftlm.environment import describe_environment, peak_memory_bytes
 from graftlm.errors import UserError
 from graftlm.files import atomic_path, read_json, remove_unfinished, write_json, write_text
 from graftlm.models import check_vocabulary, load_model, load_tokenizer, save_model
@@ -206,7 +205,7 @@ def _finish(
     if apex is not None:
         apex.finish()
         loss = trainer.stages[-1]["eval_loss_after_fusion"] = trainer.evaluate_now("after_fusion")
-    peak = _peak_memory()
+    peak = peak_memory_bytes()
     after, sequences = _watch(trainer, config)
     tables = {"before": before, "after": after}
     flat = {f"{when}/{kind}/{layer}": values.float() for when, kinds in tables.items()
@@ -254,11 +253,3 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     logits: Tensor = model(ids.to(next(model.parameters()).device), use_cache=False).logits.float()
     model.train(was_training)
     return logits
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process since it began."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
