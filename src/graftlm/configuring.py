@@ -204,7 +204,8 @@ def _read(node: Node, annotation: Any, key: str) -> Any:
     try:
         return _value(node, annotation, key)
     except _NotAllowed as error:
-        shown = repr(node.value) if isinstance(node, ScalarNode) else f"a {node.id}"
+        kind = "a sequence" if isinstance(node, SequenceNode) else "a mapping"
+        shown = repr(node.value) if isinstance(node, ScalarNode) else kind
         raise UserError(f"{_at(node)}{key}: {shown} must be {error}") from error
 
 
