@@ -95,6 +95,11 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> None:
             left.unlink()
 
 
+def cache_root(given: str | None = None) -> Path:
+    """Where graftlm keeps what it can make again: `given`, else $GRAFTLM_CACHE, else ~/.cache/graftlm."""
+    return Path(given or os.environ.get("GRAFTLM_CACHE") or "~/.cache/graftlm").expanduser()
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path` atomically (UTF-8)."""
     with atomic_path(path) as temporary:

@@ -7,7 +7,6 @@ about one second.
 import contextlib
 import hashlib
 import logging
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +17,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftlm.errors import UserError
-from graftlm.files import atomic_folder, read_json, write_json
+from graftlm.files import atomic_folder, cache_root, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +84,8 @@ def _pre_tokenizer_name(file: Path) -> str | None:
 
 
 def _kept_folder(file: Path, kind: str) -> Path:
-    root = Path(os.environ.get("GRAFTLM_CACHE") or Path.home() / ".cache" / "graftlm")
     key = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]
-    return root / "gguf" / f"{file.stem}-{key}-{kind}"
+    return cache_root() / "gguf" / f"{file.stem}-{key}-{kind}"
 
 
 def _stamp(file: Path) -> dict[str, object]:

@@ -133,7 +133,7 @@ class RunConfig:
     eval_steps: int = 0
     """Steps between evaluations; 0: at the start, at stage boundaries and at the end only."""
     save_steps: int = 0
-    """Steps between checkpoints; 0: at stage boundaries only."""
+    """Steps between checkpoints; 0: at stage boundaries and at the end only."""
     save_total_limit: int = 2
     """How many checkpoints are kept."""
     report_to: tuple[str, ...] = ()

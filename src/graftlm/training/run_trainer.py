@@ -83,7 +83,8 @@ class _Recording(TrainerCallback):
         due = step in trainer.eval_at or (trainer.eval_every and step % trainer.eval_every == 0)
         if due and step < state.max_steps:
             trainer.evaluate_now("periodic")
-        if trainer.save_every and step % trainer.save_every == 0:
+        # The last step too: whatever then goes wrong with saving the model (a full disk), the training is not lost.
+        if step == state.max_steps or (trainer.save_every and step % trainer.save_every == 0):
             control.should_save = True
 
     def on_log(

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -147,11 +146,6 @@ def _remove_abandoned(folder: Path) -> None:
         touched = max((path.stat().st_mtime for path in [other, *other.rglob("*")]), default=0.0)
         if time.time() - touched > ABANDONED_SECONDS:
             shutil.rmtree(other, ignore_errors=True)
-
-
-def cache_root(cache_dir: str | None) -> Path:
-    """config.cache_dir, else $GRAFTLM_CACHE, else ~/.cache/graftlm."""
-    return Path(cache_dir or os.environ.get("GRAFTLM_CACHE") or "~/.cache/graftlm").expanduser() / "blocks"
 
 
 def cache_key(**parts: Any) -> str:

@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from graftlm.errors import UserError
+from graftlm.files import cache_root
 from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.training.data.blocks import BlockDataset, SourceBlocks, evaluation_dataset
-from graftlm.training.data.cache import BlockFile, cache_key, cache_root, cached_blocks, tokenizer_fingerprint
+from graftlm.training.data.cache import BlockFile, cache_key, cached_blocks, tokenizer_fingerprint
 from graftlm.training.data.mixture import mixed_index
 from graftlm.training.data.packing import Block
 from graftlm.training.data.pipeline import HeldOut, HoldOutRule, SourcePipeline, hold_out_score
@@ -85,7 +86,8 @@ def _cached(
     pipeline: SourcePipeline, rule: HeldOut, key: dict[str, Any], fingerprint: str, progress: bool
 ) -> tuple[BlockFile, BlockFile, Counts]:
     counts = Counts()
-    folder = cache_root(pipeline.config.cache_dir) / cache_key(tokenizer=fingerprint, **pipeline.settings(), **key)
+    name = cache_key(tokenizer=fingerprint, **pipeline.settings(), **key)
+    folder = cache_root(pipeline.config.cache_dir) / "blocks" / name
     blocks = _with_progress(pipeline.blocks(counts, rule), pipeline.source, progress)
     return cached_blocks(folder, blocks, counts, pipeline.config.max_length)
 
