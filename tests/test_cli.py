@@ -145,7 +145,10 @@ def test_quick_demo_is_the_tiny_model(calls, tmp_path):
     _, (quick,), _ = only(calls)
     full = demo.demo_config(tmp_path)
     assert quick.model == "tiny-llama"
-    tokens = [c.max_steps * c.max_length * c.per_device_train_batch_size for c in (quick, full)]
+    tokens = [
+        c.max_steps * c.max_length * c.per_device_train_batch_size * c.gradient_accumulation_steps
+        for c in (quick, full)
+    ]
     assert tokens[0] < tokens[1] / 4
 
 

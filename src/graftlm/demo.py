@@ -15,7 +15,7 @@ QUICK = (
     "data.limit=8",
     "eval_data.limit=2",
     "max_length=128",
-    "max_steps=20",
+    "max_steps=16",
     "learning_rate=1e-3",
 )
 
