@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_loop import random_operators
 from tiny_models import FAMILIES, batches, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -15,18 +16,6 @@ from graftlm.errors import UserError
 from graftlm.reference import ReferenceExpansion
 
 STEPS, ACCUMULATION = 20, 2
-
-
-def random_operators(apex: Apex) -> None:
-    """Give every operator a value, so that the first step already goes through M."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for tie in apex.ties:
-            for parameter in tie.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-        for expansion in apex.expansions:
-            expansion.restore()
-            expansion.apply()
 
 
 def train_mask(apex: Apex, name: str, like: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny_loop import random_operators
 from tiny_models import batches, tiny_model
 from torch import nn
 
@@ -18,14 +19,7 @@ REGIMES = [("small", 0.07), ("small", 0.12), ("small", 0.9), ("half", 0.45), ("h
 def begun(model, trains, budget, **options) -> Apex:
     apex = Apex(model, ApexConfig(stages=1, k_heads=0.25, k_channels=0.25, trains=trains, budget=budget, **options))
     apex.start(torch.optim.AdamW(model.parameters(), lr=1e-2), assess_on=batches(2))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():  # operators away from zero, so that every path counts
-        for tie in apex.ties:
-            for parameter in tie.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-        for expansion in apex.expansions:
-            expansion.restore()
-            expansion.apply()
+    random_operators(apex)
     return apex
 
 

@@ -19,6 +19,18 @@ def begun(model, *, lr=1e-2, total_steps=12, optimizer=torch.optim.AdamW, assess
     return apex, made
 
 
+def random_operators(apex: Apex) -> None:
+    """Give every operator a value, so that the first step already goes through M."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tie in apex.ties:
+            for parameter in tie.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+        for expansion in apex.expansions:
+            expansion.restore()
+            expansion.apply()
+
+
 def train(apex, optimizer, data, **advance) -> list[float]:
     """The loop of the README; returns the losses."""
     losses = []

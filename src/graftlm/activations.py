@@ -76,7 +76,6 @@ class ActivationRecorder:
         self._forced = False
         self._active = False
         self._members: Tensor | None = None
-        self._rows = True
         self._seen: dict[str, Tensor] = {}
         self._in_graph: frozenset[str] = frozenset()
         """Blocks whose activations are part of the last pass's graph."""
@@ -112,7 +111,7 @@ class ActivationRecorder:
 
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             if self._looks_at(block):
-                gate = output[..., block.gate_offset : block.gate_offset + block.components]
+                gate = output[..., : block.components]  # the first rows, where gate and up are one module
                 with contextlib.nullcontext() if self.differentiable else torch.no_grad():
                     gate = activation.forward(gate)  # not __call__, which would fire our own hook on it
                 self._see(block, gate.unsqueeze(-1))

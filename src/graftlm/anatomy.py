@@ -96,8 +96,6 @@ class Block:
     """Module at which activations are seen: the input of the output projection, or the output of the activation."""
     gate: str | None = None
     """Channels: the module that computes the gate, used when the activation module is never called."""
-    gate_offset: int = 0
-    """First row of the gate in that module."""
 
     @property
     def name(self) -> str:

@@ -161,11 +161,6 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def trainable_bytes(model: nn.Module) -> int:
-    """Of everything that has a gradient; with Apex on the model, operators and slices among it."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-
-
 def trained_in_layers(apex: Apex, layers: int) -> int:
     """Parameters of operators and slices in the first `layers` decoder layers."""
     operators = sum(p.numel() for tie in apex.ties if tie.block.layer < layers for p in tie.parameters())
@@ -176,8 +171,3 @@ def trained_in_layers(apex: Apex, layers: int) -> int:
             picked = counts.n + counts.p + counts.rest
             slices += picked * component_size(apex.model, block, apex.budget.followers)
     return operators + slices
-
-
-def has_stacked_weights(model: nn.Module) -> bool:
-    """Whether weights multiply tokens outside nn.Linear (stacked experts), which the formula does not see."""
-    return any(p.dim() == 3 for p in model.parameters())
