@@ -230,8 +230,9 @@ def test_fused_activations_are_seen_at_the_gate(family, through):
     with pytest.warns(UserWarning, match="fused kernel") as caught:
         seen = apex.assess(batches(3)) if apex is not None else recorder.run(batches(3))
     assert seen == 6
-    assert len([w for w in caught if "fused" in str(w.message)]) == len(recorder.notes) == 1
-    assert apex is None or recorder.notes[0] in apex.notes
+    assert len([w for w in caught if "fused" in str(w.message)]) == 1
+    assert len(recorder.notes) == (1 if apex is None else 2)  # an Apex would rather have fused the gate itself
+    assert apex is None or set(recorder.notes) <= set(apex.notes)
     same(counts(recorder), counts(expected))
 
 

@@ -132,18 +132,27 @@ OPTIONS = [
 def test_going_on_is_bitwise_the_same(regime, options, stop, tmp_path):
     if options.get("authors_diagonals") and regime:
         regime = {**regime, "budget": 0.9}  # which need all of N
-    settings = {"stages": 2, **options, **regime}
+    going_on_is_bitwise_the_same({**options, **regime}, stop, torch.float32, tmp_path)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_going_on_is_bitwise_the_same_in_bfloat16(regime, tmp_path):
+    going_on_is_bitwise_the_same(regime, 6, torch.bfloat16, tmp_path)
+
+
+def going_on_is_bitwise_the_same(settings, stop, dtype, tmp_path):
+    settings = {"stages": 2, **settings}
     data = batches(8)
-    whole, optimizer = begun(tiny_model("qwen2"), total_steps=8, **settings)
+    whole, optimizer = begun(tiny_model("qwen2", dtype), total_steps=8, **settings)
     train(whole, optimizer, data)
 
-    first, optimizer_1 = begun(tiny_model("qwen2"), total_steps=8, **settings)
+    first, optimizer_1 = begun(tiny_model("qwen2", dtype), total_steps=8, **settings)
     train(first, optimizer_1, data[:stop])
     save_tensors(tmp_path / "model", first.model.state_dict())
     save_tensors(tmp_path / "apex", first.state_dict())
     save_optimizer(tmp_path / "optimizer", optimizer_1)
 
-    model = tiny_model("qwen2", seed=3)
+    model = tiny_model("qwen2", dtype, seed=3)
     model.load_state_dict(load_tensors(tmp_path / "model"))
     second = Apex(model, first.config, total_steps=8)
     optimizer_2 = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from graftlm.apex import Apex
 from graftlm.apex_config import ApexConfig
 from graftlm.errors import UserError
+from graftlm.expansion import groups_of
 from graftlm.reference import ReferenceExpansion
 
 STEPS, ACCUMULATION = 20, 2
@@ -32,13 +33,14 @@ def train_mask(apex: Apex, name: str, like: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def run_both(model, config: ApexConfig, steps: int = STEPS, lr: float = 1e-3):
+def run_both(model, config: ApexConfig, steps: int = STEPS, lr: float = 1e-3, batch_bytes: int = 0):
     """Train `model` by Apex and a copy by the reference; returns both models and the apex."""
     slow = copy.deepcopy(model)
     data = batches(steps * ACCUMULATION)
     apex = Apex(model, config, total_steps=steps)
     fast_optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     apex.start(fast_optimizer, assess_on=data[:4])
+    apex._batches = groups_of(apex.expansions, batch_bytes)
     stages = [(e.block, copy.deepcopy(e.ties), e.choice) for e in apex.expansions]
     random_operators(apex)
     reference = ReferenceExpansion(slow, stages)
@@ -83,8 +85,9 @@ def whole(model) -> torch.Tensor:
 
 def check(family: str, dtype: torch.dtype, **settings_) -> None:
     changes = {"num_key_value_heads": 4, "num_attention_heads": 8} if settings_.pop("wide", False) else {}
+    batch_bytes = settings_.pop("batch_bytes", 0)
     config = ApexConfig(stages=1, k_heads=0.25, k_channels=0.25, **settings_)
-    fast, slow, apex, reference = run_both(tiny_model(family, dtype, **changes), config)
+    fast, slow, apex, reference = run_both(tiny_model(family, dtype, **changes), config, batch_bytes=batch_bytes)
     apex.finish()
     reference.fuse()
     if dtype == torch.float64:
@@ -136,6 +139,17 @@ def test_small_budgets_equal_oracle(family, budget):
     check(family, torch.float64, trains="small", budget=budget, wide=True)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"share_operators": False, "operator": "dense"}, {"authors_diagonals": True}, {"trains": "half"}]
+)
+@pytest.mark.parametrize("batch_bytes", [20_000, 1 << 30])
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+def test_batched_products_equal_oracle(family, batch_bytes, options):
+    """As a GPU does it: matrices of one shape together, some of them or all."""
+    budget = {"budget": 0.8} if "trains" in options else {}
+    check(family, torch.float64, wide=True, batch_bytes=batch_bytes, **options, **budget)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     groups=st.integers(2, 5),
@@ -145,15 +159,16 @@ def test_small_budgets_equal_oracle(family, budget):
     k=st.floats(0.02, 0.5),
     shared=st.booleans(),
     small=st.booleans(),
+    batch_bytes=st.sampled_from([0, 10_000, 1 << 30]),
 )
-def test_any_shape_equals_oracle(groups, repeats, head_dim, channels, k, shared, small):
+def test_any_shape_equals_oracle(groups, repeats, head_dim, channels, k, shared, small, batch_bytes):
     changes = {
         "num_key_value_heads": groups,
         "num_attention_heads": groups * repeats,
         "head_dim": head_dim,
         "intermediate_size": channels,
         "hidden_size": 12 * head_dim,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": 2,
     }
     options = {"trains": "small", "budget": 0.6} if small else {}
     config = ApexConfig(
@@ -163,7 +178,9 @@ def test_any_shape_equals_oracle(groups, repeats, head_dim, channels, k, shared,
         share_operators=shared,
         **options,
     )
-    fast, slow, apex, reference = run_both(tiny_model("qwen3", torch.float64, **changes), config, steps=3)
+    fast, slow, apex, reference = run_both(
+        tiny_model("qwen3", torch.float64, **changes), config, 3, batch_bytes=batch_bytes
+    )
     apex.finish()
     reference.fuse()
     assert relative(whole(fast), whole(slow)) < 1e-10

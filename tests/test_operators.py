@@ -53,6 +53,17 @@ def test_products_and_gradients_are_those_of_the_matrix(kind, k, d, dtype, strid
         torch.testing.assert_close(factor, parameter.grad, **close)
 
 
+@settings(max_examples=60, deadline=None)
+@given(kind=st.sampled_from(KINDS), k=SIZES)
+def test_gradients_of_the_parameters_from_that_of_the_matrix(kind, k):
+    operator = random_operator(kind, k)
+    grad = drawn(k, k, dtype=torch.float64, seed=1)
+    operator.matrix().backward(grad)
+    factors = operator.pull_matrix(grad)
+    for parameter, factor in zip(operator.parameters(), factors, strict=True):
+        torch.testing.assert_close(factor, parameter.grad, rtol=1e-12, atol=1e-12 * k)
+
+
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("k", [1, 2, 5, 6, 7, 12])
 def test_the_monarch_matrix_is_its_definition(k, diagonal):

@@ -19,7 +19,7 @@ from graftlm.apex_config import ApexConfig
 from graftlm.errors import UserError
 from graftlm.models import load_model
 from graftlm.training import costs, estimates
-from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.training.config import DistributedConfig, RunConfig, SourceConfig
 from graftlm.training.control import control_config
 from graftlm.training.plan import compare_plan, estimate, load_skeleton, plan
 from graftlm.training.probe import cut, measure
@@ -69,8 +69,8 @@ def test_flops_of_apex_are_exact(family, trains, shared, operator):
     )  # fmt: skip
     apex = Apex(model, settings, total_steps=1)
     parts = costs.token_flops(model, apex, LENGTH)
-    update = costs.step_flops(apex)
-    assert counted(model, apex) == (ROWS * LENGTH * (parts[0] + parts[1]).total, update)
+    once, update = costs.pass_flops(apex), costs.step_flops(apex)
+    assert counted(model, apex) == (ROWS * LENGTH * (parts[0] + parts[1]).total + once, update)
 
 
 def test_estimating_leaves_the_model_and_the_random_state_alone():
@@ -197,6 +197,139 @@ def test_a_folder_with_a_config_is_enough(tmp_path):
     planned = estimate(given, model, None)
     assert planned["total_parameters"] == sum(p.numel() for p in model.parameters())
     assert planned["estimated_seconds"] > 0 and planned["memory"]["weights"] == 4 * planned["total_parameters"]
+
+
+LAYERS = {
+    "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
+    "intermediate_size": 256, "vocab_size": 300,
+}  # fmt: skip
+
+
+def spread(strategy: str, folder=None, **settings) -> RunConfig:
+    model = {"model": str(folder)} if folder is not None else {}
+    return config(distributed=DistributedConfig(strategy), **model, **settings)
+
+
+@pytest.fixture(scope="module")
+def skeleton(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("skeleton")
+    AutoConfig.for_model("llama", **LAYERS).save_pretrained(folder)
+    return folder
+
+
+def test_fsdp2_divides_all_but_operators_and_ddp_nothing(skeleton):
+    model = load_skeleton(spread("none", skeleton))
+    alone = estimate(spread("none", skeleton), model, None, gpus=1)
+    ddp = estimate(spread("ddp", skeleton), model, None, gpus=4)
+    fsdp2 = estimate(spread("fsdp2", skeleton), model, None, gpus=4)
+    assert ddp["tokens_per_step"] == fsdp2["tokens_per_step"] == 4 * alone["tokens_per_step"]
+    weights = 4 * alone["total_parameters"]
+    assert alone["memory"]["weights"] == ddp["memory"]["weights"] == weights == 4 * fsdp2["memory"]["weights"]
+    assert alone["memory"]["raw panels"] == ddp["memory"]["raw panels"] == 4 * fsdp2["memory"]["raw panels"]
+    operators = 4 * alone["operator_parameters"]
+    assert fsdp2["memory"]["operators"] == ddp["memory"]["operators"] == operators
+    assert ddp["memory"]["DDP's buckets"] == weights and "DDP's buckets" not in fsdp2["memory"]
+    state = [planned["memory"]["optimizer state"] for planned in (ddp, fsdp2)]
+    assert state == pytest.approx([2 * (weights + operators), 2 * (weights / 4 + operators)], rel=0.01)
+    assert "distributed.strategy: fsdp2" in ddp["peak_memory_with"]
+
+
+def test_bytes_sent_follow_the_strategy_and_the_number_of_processes(skeleton):
+    model = load_skeleton(spread("none", skeleton))
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    in_layers = 4 * sum(p.numel() for p in model.model.layers.parameters())
+    assert estimate(spread("none", skeleton), model, None, gpus=1)["sent_bytes_per_step"] == {}
+    ddp = estimate(spread("ddp", skeleton), model, None, gpus=4)["sent_bytes_per_step"]
+    assert ddp == {"gradients averaged": 2 * weights * 3 // 4, "of operators": 0}
+    given = spread("fsdp2", skeleton, bf16=True, gradient_accumulation_steps=2)
+    planned = estimate(given, model, None, gpus=4)
+    assert planned["sent_bytes_per_step"] == {  # gathered in two bytes, summed in four, for each micro-batch
+        "weights gathered": 2 * (weights + in_layers) // 2 * 3 // 4,
+        "gradients scattered": 2 * weights * 3 // 4,
+        "biases' gradients": 0,
+        "of operators": 2 * 4 * planned["operator_parameters"] * 3 // 4,
+    }
+    small = spread("ddp", skeleton, apex={"trains": "small", "budget": 0.1})
+    sent = estimate(small, model, None, gpus=2)
+    trained = sent["sent_bytes_per_step"]
+    assert 0 < trained["of operators"] <= 4 * sent["operator_parameters"]
+    assert trained["gradients averaged"] == 4 * (sent["trainable_parameters"] - sent["operator_parameters"])
+
+
+def test_steps_of_an_epoch_are_those_of_all_processes(skeleton):
+    model = load_skeleton(spread("none", skeleton))
+    planned = estimate(spread("ddp", skeleton, max_steps=-1), model, 33, gpus=4)
+    assert (planned["steps_per_epoch"], planned["steps"]) == (5, 5)  # 8 sequences a step, the last one partial
+
+
+def test_a_launcher_says_how_many_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    layouts = []
+    monkeypatch.setattr(estimates, "measure", lambda *a, **k: layouts.append(k) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        estimate(spread("ddp"), load_model("tiny-llama"), None)
+    assert layouts[0]["timed"]
+    with pytest.raises(UserError, match="none is one process, and 2 processes were launched"):
+        estimate(spread("none"), load_model("tiny-llama"), None)
+
+
+def test_a_narrower_copy_saves_in_proportion(skeleton):
+    """What a layer too large for this machine keeps, found on one of half and of a quarter of its width."""
+    for settings in ({}, {"bf16": True}, {"apex": {"trains": "small", "budget": 0.2}}):
+        given = spread("none", skeleton, max_length=64, **settings)
+        model = load_skeleton(given)
+        weights = sum(p.numel() for p in model.model.layers[0].parameters())
+        kwargs = {"rows": 2, "length": 64, "layers": 2, "trained": weights // 4, "timed": False}
+        whole = measure(given, model, **kwargs)
+        narrow = measure(given, model, **kwargs, at_most=weights // 3)
+        assert (whole.narrowing, narrow.narrowing) == (1, 2)
+        assert whole.forward_layers == narrow.forward_layers == 0
+        for name in ("saved_layers", "hidden", "saved_rest", "saved_logits"):
+            assert getattr(narrow, name) == pytest.approx(getattr(whole, name), rel=0.1), (settings, name)
+        per_parameter = [probe.state_bytes / probe.trained for probe in (whole, narrow)]
+        assert per_parameter[0] == pytest.approx(per_parameter[1], rel=0.01)
+
+
+def test_fsdp2_keeps_no_copies_of_weights_and_activations_in_bfloat16(skeleton):
+    autocast, sharded = (spread(strategy, skeleton, max_length=64, bf16=True) for strategy in ("ddp", "fsdp2"))
+    model = load_skeleton(autocast)
+    kwargs = {"rows": 2, "length": 64, "layers": 2, "trained": 0, "timed": False}
+    a, b = measure(autocast, model, **kwargs), measure(sharded, model, **kwargs)
+    in_layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    assert a.copied_layers == 2 * in_layers and b.copied_layers == 0
+    assert b.saved_layers < a.saved_layers  # norms and the residual stream too are in bfloat16
+    assert a.state_bytes == b.state_bytes
+
+
+def test_plan_for_gpus_that_are_not_there(skeleton):
+    console = Console(width=160, record=True, quiet=True)
+    planned = plan(spread("fsdp2", skeleton), gpus=8, console=console)
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert planned["estimated_step_seconds"] is None and "process" not in planned["memory"]
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    plan(spread("fsdp2", skeleton), gpus=8, console=console)
+    text = re.sub(r"\s+", " ", console.export_text())
+    for part in ("APEX on 8 GPUs (fsdp2)", "of each GPU, in", "no GPU here", "by each GPU", "of operators", "gathered",
+                 "less memory", "not known without a GPU"):  # fmt: skip
+        assert part in text, part
+    json.dumps(planned)
+
+
+def test_what_cannot_be_divided_the_plan_says(skeleton):
+    model = load_skeleton(spread("fsdp2", skeleton))
+    with pytest.raises(UserError, match="3 processes do not divide"):
+        estimate(spread("fsdp2", skeleton), model, None, gpus=3)
+    with pytest.raises(UserError, match="--gpus 2 asks for 2"):
+        estimate(spread("none", skeleton), model, None, gpus=2)
+    estimate(spread("fsdp2", skeleton, method="full"), model, None, gpus=3)  # nothing is mixed
+
+
+def test_a_folder_with_a_config_counts_data_without_a_tokenizer(skeleton, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("x" * 3200)
+    given = spread("none", skeleton, max_steps=-1, data=(SourceConfig(str(file)),))
+    assert plan(given, console=Console(quiet=True))["steps"] == 13  # 25 blocks, assumed; 2 a step
 
 
 def test_what_train_refuses_plan_refuses():

@@ -81,10 +81,11 @@ def test_autograd_saves_only_what_trains(family, trains, budget, dtype):
         counts, size = apex.budget.blocks[block.name], apex.sizes[block.name]
         components = counts.n + counts.p + counts.rest
         routed = size * block.width if counts.n < size else 0
+        beside = components - (counts.n if routed else 0)  # N is saved for the route
         for matrix in (*block.mixed, *(block.followers if trains == "half" else ())):
             elements = matrix.slots * routed if matrix in block.mixed else 0
             if matrix.dim == 1:
-                elements += components * matrix.slots * matrix.width
+                elements += beside * matrix.slots * matrix.width
             elif components:
                 needs_input.add(matrix.module)
             extra[matrix.module] = extra.get(matrix.module, 0) + elements * tokens * dtype.itemsize
@@ -104,6 +105,55 @@ def test_rows_that_share_an_input_share_what_they_save():
             whole = [f"model.layers.{layer}.{'mlp' if 'up_proj' in names else 'self_attn'}.{n}" for n in names]
             assert len({inputs[n] for n in whole}) == 1
             assert set().union(*(saved[n] for n in whole)) == {inputs[whole[0]]}
+
+
+def saved_by(model, batch) -> int:
+    """Bytes that autograd saves in a forward pass, the model's parameters not counted."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}  # which keeps them, or an address could be used twice
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch, use_cache=False).loss.backward()
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def let_through(model) -> None:
+    """Gradients flow through every layer, whatever trains."""
+    model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+
+
+def with_lora(model) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=2, target_modules="all-linear"), model)
+
+
+def test_a_model_saves_what_it_needs_anyway_and_what_trains_and_no_more():
+    batch = batches(1, rows=3)[0]
+    tokens = batch["input_ids"].numel()
+    frozen, plain, lora, small = (tiny_model("llama", **WIDE).train() for _ in range(4))
+    let_through(frozen.requires_grad_(False))
+    with_lora(lora)
+    apex = begun(small, "small", 0.12)
+    let_through(small)
+    added = 0  # values a token
+    for block in apex.anatomy.blocks:
+        counts, size = apex.budget.blocks[block.name], apex.sizes[block.name]
+        assert counts.n < size, "its operator takes its gradient from tokens"
+        added += sum(m.slots * size * m.width for m in block.mixed)
+        if counts.n + counts.p:
+            added += counts.p * sum(m.slots * m.width for m in block.mixed if m.dim == 1)  # N is saved for the operator
+            added += small.config.hidden_size  # the input that mixed rows share
+        if block.kind == "channels":
+            added -= block.components  # the gated product saves its factors; the model's own the activation too
+    assert saved_by(small, batch) == saved_by(frozen, batch) + 4 * tokens * added
+    assert saved_by(small, batch) < 0.9 * min(saved_by(plain, batch), saved_by(lora, batch))
 
 
 # -- gradients ------------------------------------------------------------------------------------------------------
@@ -193,6 +243,43 @@ def test_sliced_layers_compile(trains, budget):
             apex.next_stage()
     moved = [s.index for s in apexes[0].slices.slices.values()]
     assert any(not torch.equal(now, then) for now, then in zip(moved, indices, strict=True))
+
+
+def test_slices_train_in_float32_where_the_model_is_bfloat16():
+    """Steps too small for bfloat16 add up, and the model holds the effective weights rounded once."""
+    model = tiny_model("qwen2", torch.bfloat16, **WIDE).train()
+    apex = Apex(model, ApexConfig(stages=1, trains="small", budget=0.12, k_heads=0.25, k_channels=0.25))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0)
+    apex.start(optimizer, assess_on=batches(2))
+    random_operators(apex)
+    slices = apex.slices.slices
+    before = {name: found.weight.detach().clone() for name, found in slices.items()}
+    for batch in batches(8):
+        model(**batch).loss.backward()
+        apex.pull_back()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert any(apex.budget.blocks[e.block.name].n for e in apex.expansions)
+    for name, found in slices.items():
+        assert found.weight.dtype == torch.float32
+        moved = (found.weight - before[name]).abs().max()
+        assert 2e-5 < moved < 1e-4 < torch.finfo(torch.bfloat16).eps * before[name].abs().max()
+    for expansion in apex.expansions:
+        for mixed in expansion.mixed():
+            found = apex.slices.slice_of(mixed.piece.matrix.module)
+            n, p = mixed.placed.n, mixed.placed.p
+            raw = mixed.raw_n()
+            assert raw.dtype == torch.float32
+            effective = raw + mixed.tie.operator.matrix() @ p.take(mixed.weight).float()
+            torch.testing.assert_close(n.take(mixed.weight), effective.bfloat16(), rtol=2**-8, atol=0)
+            if found is None:
+                continue
+            values = found.bias[:, None] if mixed.weight.dim() == 1 else found.weight
+            values = values.T if mixed.piece.dim == 1 else values  # [trained, other]
+            for place, panel in ((n, raw), (p, p.take(mixed.weight))):
+                at = found.places[place.index]  # [slots, k]
+                expected = values[at[at >= 0]]
+                assert torch.equal(panel[at >= 0], expected if panel is raw else expected.bfloat16())
 
 
 def test_a_stage_boundary_moves_the_slices_and_not_the_model():

@@ -5,7 +5,7 @@ Shapes: B rows, S positions, n samples of the batch, H heads, F channels.
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,44 +14,16 @@ from torch.distributed import ReduceOp, all_reduce, is_initialized
 
 from graftlm.advantage import count_of, rank_votes
 from graftlm.anatomy import Anatomy, Block, Kind
+from graftlm.fused_gate import FusedGates
+from graftlm.samples import Samples, count_tokens, find_samples
+from graftlm.sharding import reshard, summed
+
+__all__ = ["MODEL_INPUTS", "ActivationRecorder", "count_tokens"]
 
 Per = Literal["sample", "microbatch"]
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 """What a pass that only looks needs of a batch, in the order of transformers' forward; labels would cost the loss of
 every logit."""
-
-
-def sample_matrix(
-    shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """Which token belongs to which sample, as float32 0/1 [n, B * S]; None when every row is one whole sample.
-
-    A sample is a row, or a document in it where position_ids restart. Padding belongs to none: positions that
-    attention_mask hides, and documents of a single token (packed blocks are padded with such).
-    """
-    rows, length = shape
-    if attention_mask is not None and (attention_mask.dim() != 2 or bool(attention_mask.all())):
-        attention_mask = None
-    starts = torch.zeros(rows, length, dtype=torch.bool, device=device)
-    starts[:, 0] = True
-    packed = position_ids is not None and position_ids.dim() == 2 and attention_mask is None
-    if packed and position_ids is not None:
-        starts[:, 1:] |= position_ids.expand(rows, -1).diff(dim=1) != 1
-        packed = bool(starts[:, 1:].any())
-    if attention_mask is None and not packed:
-        return None
-    sample = starts.flatten().cumsum(0) - 1  # [B * S]
-    members = nn.functional.one_hot(sample).T.to(torch.float32)  # [n, B * S]
-    if attention_mask is not None:
-        members = members * attention_mask.flatten().to(torch.float32)
-    return members[members.sum(1) > (1 if packed else 0)]
-
-
-def count_tokens(inputs: Mapping[str, Any]) -> int:
-    """Tokens of a batch, padding not counted."""
-    ids = inputs["input_ids"]
-    members = sample_matrix(tuple(ids.shape), inputs.get("attention_mask"), inputs.get("position_ids"), ids.device)
-    return ids.numel() if members is None else int(members.sum())
 
 
 class ActivationRecorder:
@@ -62,7 +34,17 @@ class ActivationRecorder:
     what gradient checkpointing recomputes in the backward pass does not, nor does evaluation.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, shares: Mapping[Kind, float], per: Per = "sample"):
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        shares: Mapping[Kind, float],
+        per: Per = "sample",
+        *,
+        fused_gate: bool = False,
+    ):
+        """`fused_gate`: training passes take the channels' statistic where the FFN's product is computed
+        (fused_gate.py), at less than the cost of the product alone; `notes` says where that cannot be."""
         self.model = model
         self.anatomy = anatomy
         self.votes_per_sample = {b.name: count_of(shares[b.kind], b.ranked) for b in anatomy.blocks}
@@ -70,23 +52,51 @@ class ActivationRecorder:
         self.differentiable = False
         """Keep the graph of activations and leave their penalty in `penalty` (activation regularisation)."""
         self.penalty: Tensor | None = None
-        self.tokens = 0
-        """Tokens of training passes so far, padding not counted."""
+        self.due: Callable[[], bool] = lambda: True
+        """Asked before each training pass whether it is to be assessed; tokens count anyway."""
+        self.passes = 0
+        """Training passes so far."""
         self.notes: list[str] = []
+        self._tokens = 0
+        self._tokens_on_device: Tensor | None = None
         self._forced = False
         self._active = False
-        self._members: Tensor | None = None
+        self._samples = Samples(1, 1, 1)
         self._seen: dict[str, Tensor] = {}
         self._in_graph: frozenset[str] = frozenset()
         """Blocks whose activations are part of the last pass's graph."""
         self._gate_fallback: set[str] = set()
+        self._stacks: dict[tuple[Kind, int, int], list[str]] = {}
+        """Names of the blocks that are counted together: of one kind, number of units and number of votes."""
+        for block in anatomy.blocks:
+            key = (block.kind, block.ranked, self.votes_per_sample[block.name])
+            self._stacks.setdefault(key, []).append(block.name)
         self.reset()
-        self._handles = [
+        self._handles: list[Any] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
         ]
         for block in anatomy.blocks:
             self._handles.append(self._watch(block))
+        self._fused: FusedGates | None = None
+        if fused_gate:
+            channels = list(anatomy.of_kind("channels"))
+            self._fused = FusedGates(
+                model,
+                channels,
+                wanted=lambda: self._samples if self._active else None,
+                see=self._keep,
+                off=lambda: self.differentiable,
+            )
+            self.notes += self._fused.notes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of training passes so far, padding not counted. Waits for the device where some were counted there."""
+        if self._tokens_on_device is not None:
+            self._tokens += int(self._tokens_on_device)
+            self._tokens_on_device = None
+        return self._tokens
 
     def _watch(self, block: Block) -> torch.utils.hooks.RemovableHandle:
         module = self.model.get_submodule(block.probe)
@@ -123,7 +133,9 @@ class ActivationRecorder:
         return self._active or (block.name in self._in_graph and torch.is_grad_enabled())
 
     def _see(self, block: Block, x: Tensor) -> None:
-        activations = self._per_sample(x)
+        self._keep(block, self._per_sample(x))
+
+    def _keep(self, block: Block, activations: Tensor) -> None:
         # What gradient checkpointing recomputes does not count; but where activations are in the graph, it must
         # compute again all that it computed the first time.
         if self._active:
@@ -133,36 +145,39 @@ class ActivationRecorder:
         """Squared norms per sample and unit: [B, S, units, width] -> float32 [n, units]."""
         if not self.differentiable:
             x = x.detach()
-        dtype = self._dtype(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
         if x.shape[-1] == 1:
             by_token = x.squeeze(-1).to(dtype).square()  # [B, S, units]
         else:
             by_token = torch.linalg.vector_norm(x, dim=3, dtype=dtype).square()
-        if self.per == "microbatch":
-            return by_token.sum((0, 1))[None]
-        if self._members is None:
-            return by_token.sum(1)
-        with torch.autocast(by_token.device.type, enabled=False):  # which would round the sums to bfloat16
-            return self._members.to(dtype) @ by_token.flatten(0, 1)
-
-    @staticmethod
-    def _dtype(x: Tensor) -> torch.dtype:
-        return torch.promote_types(x.dtype, torch.float32)
+        return self._samples.sum(by_token)
 
     @torch.compiler.disable
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._seen, self._in_graph, self.penalty = {}, frozenset(), None
-        self._active = self._forced or (self.model.training and torch.is_grad_enabled())
+        training = self.model.training and torch.is_grad_enabled()
+        self._active = self._forced or training
         if not self._active:
             return
         kwargs = {**dict(zip(MODEL_INPUTS, args, strict=False)), **kwargs}
         inputs = kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs["inputs_embeds"][..., 0]
-        mask = kwargs.get("attention_mask")
-        self._members = sample_matrix(tuple(inputs.shape), mask, kwargs.get("position_ids"), inputs.device)
+        shape = tuple(inputs.shape)
+        self._samples = find_samples(shape, kwargs.get("attention_mask"), kwargs.get("position_ids"), inputs.device)
         if not self._forced:
-            self.tokens += inputs.numel() if self._members is None else int(self._members.sum())
+            self.passes += 1
+            self._count_tokens(self._samples.tokens)
+            self._active = self.due()
+        if self.per == "microbatch":
+            self._samples = Samples(1, *shape)
+
+    def _count_tokens(self, tokens: int | Tensor) -> None:
+        if isinstance(tokens, int):
+            self._tokens += tokens
+        else:
+            before = self._tokens_on_device
+            self._tokens_on_device = tokens if before is None else before + tokens
 
     @torch.compiler.disable
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
@@ -172,21 +187,31 @@ class ActivationRecorder:
         for block in self.anatomy.blocks:
             if block.name not in self._seen:
                 self._miss(block)
-                continue
-            self._count(block.name, self._seen[block.name].detach())
+        for key in self._stacks:
+            self._count(key)
         if self.differentiable and self._seen:
-            spread = [(a.std(1, correction=0) / a.mean(1)).mean() for a in self._seen.values() if len(a)]
+            valid = self._samples.valid
+            seen = [a if valid is None else a[valid] for a in self._seen.values()]
+            spread = [(a.std(1, correction=0) / a.mean(1)).mean() for a in seen if len(a)]
             self.penalty = torch.stack(spread).mean()
             self._in_graph = frozenset(self._seen)
         self._seen = {}
 
-    def _count(self, name: str, activations: Tensor) -> None:
-        """Add a batch's activations [n, units]. Counts stay on the device: fetching them would stall a GPU."""
-        if len(activations):
-            votes = rank_votes(activations, self.votes_per_sample[name])
-            self.votes[name] = self.votes[name].to(votes.device) + votes
-            self.sums[name] = self.sums[name].to(votes.device) + activations.sum(0, dtype=torch.float64)
-            self.samples[name] += len(activations)
+    def _count(self, key: tuple[Kind, int, int]) -> None:
+        """Add what a pass showed of a stack's blocks. Counts stay on the device: fetching them would stall a GPU."""
+        names = self._stacks[key]
+        found = [i for i, name in enumerate(names) if name in self._seen]
+        if not found:
+            return
+        device = self._seen[names[found[0]]].device
+        activations = torch.stack([self._seen[names[i]].detach().to(device) for i in found])  # [blocks, n, units]
+        valid = self._samples.valid
+        n = torch.full((len(found),), activations.shape[1], device=device) if valid is None else valid.sum()
+        added = (rank_votes(activations, key[2], valid), activations.sum(1, dtype=torch.float64), n)
+        table = self._table[key] = tuple(t.to(device) for t in self._table[key])
+        rows = slice(None) if len(found) == len(names) else found
+        for counted, more in zip(table, added, strict=True):
+            counted[rows] += more
 
     def _miss(self, block: Block) -> None:
         if block.gate is None or block.name in self._gate_fallback:
@@ -221,59 +246,98 @@ class ActivationRecorder:
         finally:
             self._forced = False
             self.model.train(was_training)
+            reshard(self.model)
         return rows
 
     def reset(self) -> None:
         """Forget all counts; a stage begins."""
-        blocks = self.anatomy.blocks
-        self.votes = {b.name: torch.zeros(b.ranked, dtype=torch.int64) for b in blocks}
-        self.sums = {b.name: torch.zeros(b.ranked, dtype=torch.float64) for b in blocks}
-        self.samples = dict.fromkeys((b.name for b in blocks), 0)
+        self._table: dict[tuple[Kind, int, int], tuple[Tensor, ...]] = {}
+        """By stack: votes int64 [blocks, units], sums float64 [blocks, units], samples int64 [blocks]."""
+        for key, names in self._stacks.items():
+            shape = (len(names), key[1])
+            votes, sums = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.float64)
+            self._table[key] = (votes, sums, torch.zeros(len(names), dtype=torch.int64))
+
+    def _by_block(self, which: int) -> dict[str, Tensor]:
+        rows = {
+            n: row for k, names in self._stacks.items() for n, row in zip(names, self._table[k][which], strict=True)
+        }
+        return {block.name: rows[block.name] for block in self.anatomy.blocks}
+
+    @property
+    def votes(self) -> dict[str, Tensor]:
+        """Votes by block: int64 [ranked], where they were counted."""
+        return self._by_block(0)
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Sums of activations over samples by block: float64 [ranked], where they were counted."""
+        return self._by_block(1)
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Samples seen by block. Waits for the device."""
+        counts = {key: table[2].tolist() for key, table in self._table.items()}
+        rows = {n: c for key, names in self._stacks.items() for n, c in zip(names, counts[key], strict=True)}
+        return {block.name: rows[block.name] for block in self.anatomy.blocks}
 
     def reduce(self) -> None:
         """Sum counts over ranks, where there are several."""
         if not is_initialized():
             return
-        for name in self.votes:
-            device = next(self.model.parameters()).device
-            for table in (self.votes, self.sums):
-                moved = table[name].to(device)
-                all_reduce(moved, ReduceOp.SUM)
-                table[name] = moved.cpu()
-            count = torch.tensor(self.samples[name], device=device)
-            all_reduce(count, ReduceOp.SUM)
-            self.samples[name] = int(count)
+        device = next(self.model.parameters()).device
+        for key, table in self._table.items():
+            self._table[key] = tuple(t.to(device) for t in table)
+            for counted in self._table[key]:
+                all_reduce(counted, ReduceOp.SUM)
 
     def mean_activations(self) -> dict[Kind, dict[int, Tensor]]:
-        """Mean over samples of each unit's activation: {kind: {layer: float64 [ranked]}}, for blocks that were seen."""
+        """Mean over samples, those of all ranks, of each unit's activation: {kind: {layer: float64 [ranked]}}, for
+        blocks that were seen. All ranks must ask."""
         means: dict[Kind, dict[int, Tensor]] = {kind: {} for kind in self.anatomy.kinds}
+        state = self.summed_state()
         for block in self.anatomy.blocks:
-            if self.samples[block.name]:
-                means[block.kind][block.layer] = self.sums[block.name].cpu() / self.samples[block.name]
+            samples = int(state[f"{block.name}.samples"])
+            if samples:
+                means[block.kind][block.layer] = state[f"{block.name}.sums"].cpu() / samples
         return means
+
+    def summed_tokens(self) -> int:
+        """Tokens of training passes so far, over all ranks. All must ask."""
+        return int(summed({"tokens": torch.tensor(self.tokens)}, next(self.model.parameters()).device)["tokens"])
+
+    def summed_state(self) -> dict[str, Tensor]:
+        """state_dict over all ranks. All must ask."""
+        state = self.state_dict()
+        flags = {k: v for k, v in state.items() if k.endswith(".fallback")}
+        counts = {k: v for k, v in state.items() if k not in flags}
+        return summed(counts, next(self.model.parameters()).device) | flags
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything counted so far."""
         state = {"tokens": torch.tensor(self.tokens)}
-        for name in self.votes:
-            state[f"{name}.votes"] = self.votes[name]
-            state[f"{name}.sums"] = self.sums[name]
-            state[f"{name}.samples"] = torch.tensor(self.samples[name])
+        votes, sums, samples = self.votes, self.sums, self.samples
+        for name in votes:
+            state[f"{name}.votes"] = votes[name]
+            state[f"{name}.sums"] = sums[name]
+            state[f"{name}.samples"] = torch.tensor(samples[name])
             state[f"{name}.fallback"] = torch.tensor(name in self._gate_fallback)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.tokens = int(state["tokens"])
+        self._tokens, self._tokens_on_device = int(state["tokens"]), None
         for block in self.anatomy.blocks:
-            name = block.name
-            if state[f"{name}.fallback"] and name not in self._gate_fallback:
+            if state[f"{block.name}.fallback"] and block.name not in self._gate_fallback:
                 self._watch_gate(block)
-            self.votes[name] = state[f"{name}.votes"].clone()
-            self.sums[name] = state[f"{name}.sums"].clone()
-            self.samples[name] = int(state[f"{name}.samples"])
+        for key, names in self._stacks.items():
+            self._table[key] = tuple(
+                torch.stack([state[f"{name}.{what}"] for name in names]) for what in ("votes", "sums", "samples")
+            )
 
     def close(self) -> None:
         """Remove every hook."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._fused is not None:
+            self._fused.close()

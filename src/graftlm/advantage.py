@@ -9,6 +9,9 @@ from torch import Tensor
 from graftlm.anatomy import Block
 from graftlm.errors import UserError
 
+TOP_K_AT_ONCE = 2**24
+"""Values that are ranked at a time: their keys take eight bytes each."""
+
 
 def count_of(share: float, n: int) -> int:
     """How many of n components a share K is: rounded half up, at least one."""
@@ -27,17 +30,42 @@ def set_size(block: Block, share: float) -> int:
     return size
 
 
-def rank_votes(activations: Tensor, k: int) -> Tensor:
-    """Per sample +1 for the k highest, -1 for the k lowest, summed over samples: [samples, n] -> int64 [n] (eq. 3, 5).
+def rank_votes(activations: Tensor, k: int, valid: Tensor | None = None) -> Tensor:
+    """Per sample +1 for the k highest, -1 for the k lowest, summed over samples (eq. 3, 5).
 
-    Ties break by index (the smaller index counts as the higher), so a run is repeatable.
+    Ties break by index (the smaller index counts as the higher), so a run is repeatable. Nothing is fetched from the
+    device.
+
+    Args:
+        activations: [samples, n], or of several modules at once [modules, samples, n]; never negative.
+        valid: bool [samples], those that have a vote; None: all.
+
+    Returns:
+        int64 [n] or [modules, n].
     """
-    order = activations.argsort(dim=1, descending=True, stable=True)  # [samples, n]
-    votes = torch.zeros(activations.shape[1], dtype=torch.int64, device=activations.device)
-    one = torch.ones((), dtype=torch.int64, device=activations.device)
-    votes.index_put_((order[:, :k].flatten(),), one, accumulate=True)
-    votes.index_put_((order[:, activations.shape[1] - k :].flatten(),), -one, accumulate=True)
+    if activations.dim() == 2:
+        return rank_votes(activations[None], k, valid)[0]
+    modules, _, n = activations.shape
+    votes = torch.zeros(modules, n, dtype=torch.int64, device=activations.device)
+    weight = torch.ones((), dtype=torch.int64, device=votes.device) if valid is None else valid.long()[:, None]
+    at_once = max(1, TOP_K_AT_ONCE // max(1, activations[0].numel()))
+    for part, counted in zip(activations.split(at_once), votes.split(at_once), strict=True):
+        for chosen, vote in zip(_extremes(part, k), (weight, -weight), strict=True):  # each [modules, samples, k]
+            counted.scatter_add_(1, chosen.flatten(1), vote.expand_as(chosen).flatten(1))
     return votes
+
+
+def _extremes(activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Indices of the k highest and of the k lowest along the last dimension, in no order."""
+    n = activations.shape[-1]
+    if activations.dtype != torch.float32:
+        order = activations.argsort(dim=-1, descending=True, stable=True)
+        return order[..., :k], order[..., n - k :]
+    # Bits of floats that are not negative rise as the floats do; below them the index, so that no two are equal and a
+    # top-k, a fraction of a sort's work, is as good.
+    index = torch.arange(n - 1, -1, -1, device=activations.device)
+    keys = activations.contiguous().view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(index)
+    return keys.topk(k, sorted=False).indices, keys.topk(k, largest=False, sorted=False).indices
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,8 @@ class Block:
     """Module at which activations are seen: the input of the output projection, or the output of the activation."""
     gate: str | None = None
     """Channels: the module that computes the gate, used when the activation module is never called."""
+    feed_forward: str | None = None
+    """Channels: the module that computes down(activation(gate(x)) * up(x)) and nothing else; None where it may not."""
 
     @property
     def name(self) -> str:
@@ -199,7 +201,7 @@ def _attention_block(model: nn.Module, layer: int, prefix: str, names: Attention
     )
 
 
-def _feed_forward_block(model: nn.Module, layer: int, prefix: str, names: FeedForwardNames) -> Block:
+def _feed_forward_block(model: nn.Module, layer: int, prefix: str, names: FeedForwardNames, known: bool) -> Block:
     channels = linear(model, f"{prefix}.{names.down}").in_features
     fused = names.gate == names.up
     return Block(
@@ -216,6 +218,7 @@ def _feed_forward_block(model: nn.Module, layer: int, prefix: str, names: FeedFo
         followers=(),
         probe=f"{prefix}.{names.activation}",
         gate=f"{prefix}.{names.gate}",
+        feed_forward=f"{prefix}.{names.gate}".rpartition(".")[0] if known and not fused else None,
     )
 
 
@@ -262,7 +265,8 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         else:
             notes.append("heads: no value and output projections of a known name")
         if feed_forward is not None and _has(layer, feed_forward.gate) and _has(layer, feed_forward.down):
-            blocks.append(_feed_forward_block(model, i, prefix, feed_forward))
+            known = getattr(_text_config(model), "model_type", "") in FAMILIES
+            blocks.append(_feed_forward_block(model, i, prefix, feed_forward, known))
         else:
             notes.append(_why_no_feed_forward(layer))
     notes = list(dict.fromkeys(notes))

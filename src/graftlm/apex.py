@@ -5,19 +5,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from graftlm.activations import ActivationRecorder
 from graftlm.advantage import Choice, choose, set_size
 from graftlm.anatomy import Block, read_anatomy
 from graftlm.apex_config import ApexConfig
+from graftlm.apex_state import load_state, state_of
 from graftlm.budget import plan_budget
 from graftlm.errors import UserError
-from graftlm.expansion import Expansion, Tie
+from graftlm.expansion import Expansion, Mixed, apply, groups_of, pull_back, restore
+from graftlm.operator_rates import OperatorRates
+from graftlm.sharding import is_sharded, root_mean_square, sum_gradients, whole_parameters
 from graftlm.sliced_training import SlicedTraining
 from graftlm.stages import StageClock
+from graftlm.ties import Tie
 
 CONTAINER = "apex"
 """Name under which operators and slices live in the model, so that any optimizer and any clipping finds them."""
+BATCH_BYTES = 1 << 28
+"""Panels of N that a GPU takes at once. A batch needs about eight times as much for a moment."""
 
 
 class Apex:
@@ -55,6 +63,11 @@ class Apex:
 
         Raises UserError if the model cannot be expanded, K is too large for disjoint sets, or the budget too small.
         """
+        if is_sharded(model) and config is not None and config.trains != "full":
+            raise UserError(
+                f"apex.trains: {config.trains} cannot be sharded (distributed.strategy: fsdp2) yet; use strategy: ddp, "
+                "which needs little memory there, or apex.trains: full"
+            )
         if hasattr(model, CONTAINER):
             raise UserError("this model already has an Apex; call its finish() before making another")
         self.model = model
@@ -81,19 +94,22 @@ class Apex:
             self.container["slices"] = self.slices
         self._join_model()
         self.recorder = ActivationRecorder(
-            model, self.anatomy, {"heads": config.k_heads, "channels": config.k_channels}, config.assess_per
+            model,
+            self.anatomy,
+            {"heads": config.k_heads, "channels": config.k_channels},
+            config.assess_per,
+            fused_gate=config.fused_gate,
         )
+        # By steps since the stage began, so that a resumed run looks at the same passes and every stage sees some.
+        self.recorder.due = lambda: (self.clock.step - self.clock.starts[-1]) % config.assess_interval == 0
         self.recorder.differentiable = config.activation_regularization > 0
         self.choices: dict[str, Choice] = {}
         self.optimizer: torch.optim.Optimizer | None = None
-        self._pulled_at = -1  # tokens of training passes when gradients were last pulled back
+        self._pulled_at = -1  # training passes so far when gradients were last pulled back
         self._handles: list[Any] = []
-        self._groups: list[tuple[int, int]] = []
-        """Parameter group of each operator (of all, where they share a rate), with the place of its tie."""
-        self._multipliers: list[float] = []
-        """Operator learning rate over the learning rate, by tie; set when a stage begins."""
-        self._rates: dict[int, Any] = {}
-        """During a step: the learning rates that its groups had before."""
+        self.rates = OperatorRates(self.ties, apart=config.operator_learning_rate == "auto")
+        self._batches: list[list[Mixed]] = []
+        """Matrices of one shape, whose products are done at once."""
 
     # -- construction ---------------------------------------------------------------------------------------------
 
@@ -110,6 +126,10 @@ class Apex:
 
     def _join_model(self) -> None:
         self.model.add_module(CONTAINER, self.container)
+        # DDP would wait for gradients that come after the backward pass, computed alike on every rank.
+        ours = [f"{CONTAINER}.{tie.name}.{name}" for tie in self.ties if not tie.by_tokens
+                for name, _ in tie.named_parameters()]  # fmt: skip
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, ours)
 
         def drop(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
             for key in [k for k in state if k.startswith(f"{prefix}{CONTAINER}.")]:
@@ -155,19 +175,21 @@ class Apex:
 
     def scores(self) -> dict[str, Tensor]:
         """Score of every head or channel by block: [ranked] (eq. 3, 5; the variants of table 6)."""
-        self.recorder.reduce()
+        if self.config.assessment != "random":
+            self.recorder.reduce()
         scores: dict[str, Tensor] = {}
+        table = self.recorder.votes if self.config.assessment == "rank" else self.recorder.sums
+        samples = self.recorder.samples
         for i, block in enumerate(self.anatomy.blocks):
             if self.config.assessment == "random":
                 generator = self._generator(i)
                 scores[block.name] = torch.rand(block.ranked, generator=generator)
-            elif not self.recorder.samples[block.name]:
+            elif not samples[block.name]:
                 raise UserError(
                     "apex: nothing was assessed before this stage; pass assess_on=batches to start(), or use "
                     "assessment: random"
                 )
             else:
-                table = self.recorder.votes if self.config.assessment == "rank" else self.recorder.sums
                 scores[block.name] = table[block.name].cpu()
         return scores
 
@@ -186,35 +208,16 @@ class Apex:
         if assess_on is not None:
             self.assess(assess_on)
         self.optimizer = optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        self._regroup(optimizer)
+        self.rates.join(optimizer, list(self.container.parameters()))
+        # A CPU is faster on one matrix at a time, which stays in its cache; a GPU on as many as its memory bears.
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        self._batches = groups_of(self.expansions, 0 if on_cpu else BATCH_BYTES)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
         if not self.choices:
             self.begin_stage()
-
-    def _regroup(self, optimizer: torch.optim.Optimizer) -> None:
-        has = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) not in has for p in self.container.parameters()):
-            raise UserError(
-                "apex: the optimizer lacks the operators or slices; make it over model.parameters() after Apex(model)"
-            )
-        ours = {id(p) for tie in self.ties for p in tie.parameters()}
-        template: dict[str, Any] = {}
-        for group in optimizer.param_groups:
-            kept = [p for p in group["params"] if id(p) not in ours]
-            if len(kept) < len(group["params"]):
-                template = {k: v for k, v in group.items() if k != "params"}
-                group["params"] = kept
-        places = range(len(self.ties))
-        sets = [[i] for i in places] if self.config.operator_learning_rate == "auto" else [list(places)]
-        self._groups = []
-        for ties in sets:
-            parameters = [p for i in ties for p in self.ties[i].parameters()]
-            if parameters:
-                optimizer.add_param_group({**template, "params": parameters, "weight_decay": 0.0})
-                self._groups.append((len(optimizer.param_groups) - 1, ties[0]))
 
     def _multiplier(self, tie: Tie) -> float:
         """Operator learning rate over the learning rate: as set, or the m at which M W[P] moves a row as far as Adam
@@ -223,7 +226,8 @@ class Apex:
         if rate != "auto":
             return float(rate)
         panels = self._expansion_of[tie.name].advantageous_panels(tie)
-        rms = float(torch.cat([p.flatten() for p in panels]).double().square().mean().sqrt())
+        over_shards = [isinstance(self.model.get_parameter(piece.name), DTensor) for piece in tie.pieces]
+        rms = root_mean_square(panels, over_shards)
         return 1.0 / (tie.operator.spread() * rms) if rms > 0 else 1.0
 
     def begin_stage(self) -> None:
@@ -234,7 +238,7 @@ class Apex:
             self.slices.choose(self.choices, self.sizes)
         for i, expansion in enumerate(self.expansions):
             expansion.begin(self.choices[expansion.block.name], self._generator(i))
-        self._multipliers = [self._multiplier(tie) for tie in self.ties]
+        self.rates.multipliers = [self._multiplier(tie) for tie in self.ties]
         if self.optimizer is not None:
             for parameter in self.container.parameters():
                 self.optimizer.state.pop(parameter, None)
@@ -255,38 +259,48 @@ class Apex:
         Call it once per optimizer step: after the last backward pass of an accumulation, before clipping.
         """
         find = self.slices.gradient if self.slices is not None else self._gradient
-        for expansion in self.expansions:
-            expansion.pull_back(find)
-        self._pulled_at = self.recorder.tokens
+        if not is_sharded(self.model):
+            for batch in self._batches:
+                pull_back(batch, find)
+        else:
+            sum_gradients(whole_parameters(self.model), mean=True)  # biases of mixed rows, which FSDP leaves alone
+            for batch in self._batches:
+                if self._over_shards(batch):
+                    pull_back(batch, find)
+            sum_gradients(self.container.parameters())  # each rank had the part of its shards
+            for batch in self._batches:  # biases, which give every rank the same part
+                if not self._over_shards(batch):
+                    pull_back(batch, find)
+        self._pulled_at = self.recorder.passes
+
+    def _over_shards(self, batch: list[Mixed]) -> bool:
+        return isinstance(self.model.get_parameter(batch[0].piece.name), DTensor)
 
     def _gradient(self, name: str) -> tuple[Tensor, Tensor | None] | None:
         grad = self.model.get_parameter(name).grad
         return None if grad is None else (grad, None)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        if self._pulled_at != self.recorder.tokens:
+        if self._pulled_at != self.recorder.passes:
             raise UserError("apex: call pull_back() after backward() and before clipping and optimizer.step()")
-        self._rates = {group: optimizer.param_groups[group]["lr"] for group, _ in self._groups}
-        for group, tie in self._groups:
-            optimizer.param_groups[group]["lr"] = self._rates[group] * self._multipliers[tie]
+        self.rates.begin_step(optimizer)
         if self.slices is None:
-            for expansion in self.expansions:
-                expansion.restore()
+            for batch in self._batches:
+                restore(batch)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        for group, rate in self._rates.items():
-            optimizer.param_groups[group]["lr"] = rate  # as it was: multiplying back would round
+        self.rates.end_step(optimizer)
         if self.slices is not None:
-            for expansion in self.expansions:
-                expansion.restore()
             self.slices.write()
-        for expansion in self.expansions:
-            expansion.apply()
+        for batch in self._batches:
+            apply(batch)
         self._pulled_at = -1
 
     def due(self, epoch: float | None = None) -> bool:
         """Whether the next stage is due."""
-        return self.clock.due(epoch=epoch, tokens=self.recorder.tokens)
+        by_tokens = self.config.stage_by == "tokens"  # else not asked: the device may still be counting
+        tokens = self.recorder.summed_tokens() if by_tokens else 0
+        return self.clock.due(epoch=epoch, tokens=tokens)
 
     def advance(self, epoch: float | None = None) -> bool:
         """After an optimizer step: fuse and begin the next stage when it is due. Returns whether it did.
@@ -326,33 +340,9 @@ class Apex:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything but the model's and the optimizer's own state, as tensors by name."""
-        state = {f"clock.{k}": torch.tensor(v) for k, v in self.clock.state().items()}
-        state |= {f"container.{k}": v for k, v in self.container.state_dict().items()}
-        # Not computed anew on loading: by then operators and weights have moved.
-        state["multipliers"] = torch.tensor(self._multipliers, dtype=torch.float64)
-        state |= {f"recorder.{k}": v for k, v in self.recorder.state_dict().items()}
-        for name, choice in self.choices.items():
-            state |= {f"choice.{name}.{k}": v for k, v in vars(choice).items()}
-        for expansion in self.expansions:
-            state |= {f"raw.{k}": v for k, v in expansion.raw.items()}
-        return state
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state_dict`; the model's weights (the effective ones) must have been loaded before, and `start`
         comes after."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-        self.clock.load_state(part("clock."))
-        self.recorder.load_state_dict(part("recorder."))
-        self._multipliers = state["multipliers"].tolist()
-        raw = part("raw.")
-        self.choices = {}
-        for expansion in self.expansions:
-            name = expansion.block.name
-            self.choices[name] = expansion.choice = Choice(**part(f"choice.{name}."))
-            expansion.raw = {k: raw[k].to(expansion.device) for k in expansion.raw_keys()}
-        if self.slices is not None:
-            self.slices.choose(self.choices, self.sizes)
-        self.container.load_state_dict(part("container."))
+        load_state(self, state)

@@ -31,7 +31,7 @@ from graftlm.models import check_vocabulary, load_model, load_tokenizer
 from graftlm.reporting.distributions import plot_activations, plot_sigma, relative_sigma, sigma, top_share
 from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.training.data import PreparedData, prepare_data
-from graftlm.training.run_trainer import mean_loss
+from graftlm.training.held_out import mean_loss
 
 LOGITS_A_PASS = 2**27
 """Logits of one forward pass at most: 512 MiB in float32. One sequence may have more."""

@@ -52,19 +52,43 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise UserError(f"{path}: torn or not ours ({error}); {mend}") from error
 
 
-def save_optimizer(path: str | os.PathLike[str], optimizer: torch.optim.Optimizer, extra: Any = None) -> None:
-    """Write an optimizer's state_dict, and any JSON value beside it."""
+def plain_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state_dict as tensors, by "<number of the parameter>.<key>", and JSON values (groups, plain)."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
-        for key, value in values.items():
+        nested = [v for v in values.values() if isinstance(v, dict)]  # bitsandbytes: what belongs to 8 bits
+        for key, value in (item for part in (values, *nested) for item in part.items()):
+            if isinstance(value, dict):
+                continue
             if isinstance(value, Tensor):
                 tensors[f"{index}.{key}"] = value
             else:
                 plain.setdefault(str(index), {})[key] = value
     groups = [{k: v for k, v in group.items() if not isinstance(v, Tensor)} for group in state["param_groups"]]
-    save_tensors(path, tensors, {"groups": groups, "plain": plain, "extra": extra})
+    return tensors, {"groups": groups, "plain": plain}
+
+
+def restore_optimizer(
+    path: str | os.PathLike[str],
+    optimizer: torch.optim.Optimizer,
+    state: dict[int, dict[str, Any]],
+    groups: list[dict[str, Any]],
+) -> None:
+    """Give an optimizer the state of each parameter, by number, and its groups; `path` is named in errors."""
+    now = optimizer.state_dict()["param_groups"]
+    if [len(g["params"]) for g in now] != [len(g["params"]) for g in groups]:
+        raise UserError(f"{path}: written with other settings than these; resume with the configuration of that run")
+    # JSON turns tuples (betas) into lists, which some optimizers refuse.
+    groups = [{k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in groups]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save_optimizer(path: str | os.PathLike[str], optimizer: torch.optim.Optimizer, extra: Any = None) -> None:
+    """Write an optimizer's state_dict, and any JSON value beside it."""
+    tensors, plain = plain_optimizer(optimizer)
+    save_tensors(path, tensors, {**plain, "extra": extra})
 
 
 def load_optimizer(path: str | os.PathLike[str], optimizer: torch.optim.Optimizer) -> Any:
@@ -74,12 +98,5 @@ def load_optimizer(path: str | os.PathLike[str], optimizer: torch.optim.Optimize
     for name, value in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
-    now = optimizer.state_dict()["param_groups"]
-    if [len(g["params"]) for g in now] != [len(g["params"]) for g in metadata["groups"]]:
-        raise UserError(f"{path}: written with other settings than these; resume with the configuration of that run")
-    # JSON turns tuples (betas) into lists, which some optimizers refuse.
-    groups = [
-        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in metadata["groups"]
-    ]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    restore_optimizer(path, optimizer, state, metadata["groups"])
     return metadata["extra"]

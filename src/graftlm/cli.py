@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from graftlm import verbs
-from graftlm.errors import UserError
+from graftlm.errors import AgreedError, UserError
 
 MODEL_HELP = "a folder, a Hub id, a .gguf file, or the built-in smollm2 or tiny-llama"
 
@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         code, line = _explain(error, args)
-        print(f"graftlm: {line}", file=sys.stderr)
+        if not isinstance(error, AgreedError):
+            rank = os.environ.get("RANK", "0")
+            print(f"graftlm{'' if rank == '0' else f' (process {rank})'}: {line}", file=sys.stderr)
         return code
 
 
@@ -140,6 +142,12 @@ def make_parser() -> argparse.ArgumentParser:
         "graftlm train CONFIG.yaml                 the same arguments",
     )
     _config_arguments(plan)
+    plan.add_argument(
+        "--gpus",
+        type=_positive,
+        metavar="N",
+        help="plan for N GPUs, there or not, by distributed.strategy (default: this machine)",
+    )
 
     data = verb(
         "data",

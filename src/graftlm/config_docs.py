@@ -9,7 +9,7 @@ from typing import Any
 
 from graftlm.apex_config import PRESETS, ApexConfig
 from graftlm.files import write_text
-from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.training.config import DistributedConfig, RunConfig, SourceConfig
 
 INTRO = """\
 # Configuration
@@ -45,6 +45,7 @@ def configuration_markdown() -> str:
         _section("The run", RunConfig, ""),
         _section("A source of data", SourceConfig, "data."),
         _section("APEX", ApexConfig, "apex."),
+        _section("More than one GPU", DistributedConfig, "distributed."),
         _presets(),
     ]
     return "\n".join(parts)
@@ -80,6 +81,7 @@ def _type(annotation: str) -> str:
     tree = ast.parse(annotation, mode="eval").body
     words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "None": "null"}
     words |= {"ApexConfig": "mapping, see APEX below", "SourceConfig": "source, see below"}
+    words |= {"DistributedConfig": "mapping, see More than one GPU below"}
 
     def read(node: ast.expr) -> str:
         if isinstance(node, ast.BinOp):

@@ -14,7 +14,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from graftlm.apex_config import ApexConfig, apply_preset
 from graftlm.errors import UserError
-from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.training.config import DistributedConfig, RunConfig, SourceConfig
 
 _COMMAND_LINE = "command line"
 _SOURCE_KEYS = ("data", "eval_data")
@@ -320,6 +320,7 @@ def all_keys() -> dict[str, str]:
     """Every key that a config may have, by its dotted name -> the key alone (`apex.k_heads` -> `k_heads`)."""
     keys = {name: name for name in get_type_hints(RunConfig)}
     keys |= {f"apex.{name}": name for name in [*get_type_hints(ApexConfig), "preset"]}
+    keys |= {f"distributed.{name}": name for name in get_type_hints(DistributedConfig)}
     return keys | {f"{source}.{name}": name for source in _SOURCE_KEYS for name in get_type_hints(SourceConfig)}
 
 

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The CLI prints it without a traceback (unless --debug) and exits with 2.
     """
+
+
+class AgreedError(UserError):
+    """A UserError that every process of a run stops with at once; only the first one tells it."""

@@ -5,131 +5,35 @@ With G the gradient of the loss by W~, as any backward pass leaves it:
 All three are linear in G, so one evaluation per optimizer step on the accumulated gradient is exact.
 `reference.py` has the plain formulation (autograd through W~) that this must agree with.
 
-A panel is a matrix's share of some components with the components' dimensions as rows: [k, width], whichever side of
-the weight they lie on; k = components * head_dim (or channels).
+Panels are [slots, k, other] (panels.py). Matrices of one shape can go through their operators in one batched product.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from graftlm.advantage import Choice
-from graftlm.anatomy import Block, Matrix, linear
-from graftlm.operators import OperatorKind, make_operator
-
-
-def take(weight: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Panel [k, slots * other] of `weight` (a matrix, or a bias) at `index` [slots, k] of dimension `dim`."""
-    picked = weight.index_select(dim, index.flatten())
-    if weight.dim() == 1:
-        return picked[:, None]
-    slots, k = index.shape
-    if dim == 0:
-        return picked.view(slots, k, -1).transpose(0, 1).reshape(k, -1)
-    return picked.view(-1, slots, k).permute(2, 1, 0).reshape(k, -1)
-
-
-def unpanel(panel: Tensor, weight: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Undo `take`: the panel in the layout that index_copy_ and index_add_ of `weight` want."""
-    panel = panel.to(weight.dtype)
-    if weight.dim() == 1:
-        return panel[:, 0]
-    slots, k = index.shape
-    if dim == 0:
-        return panel.reshape(k, slots, -1).transpose(0, 1).reshape(slots * k, -1)
-    # Contiguous: copying columns from a transposed view takes three times as long.
-    return panel.reshape(k, slots, -1).permute(2, 1, 0).reshape(-1, slots * k).contiguous()
-
-
-def put_(weight: Tensor, dim: int, index: Tensor, panel: Tensor) -> None:
-    """weight[index] = panel, in place."""
-    weight.index_copy_(dim, index.flatten(), unpanel(panel, weight, dim, index))
-
-
-def add_(weight: Tensor, dim: int, index: Tensor, panel: Tensor, partly: bool) -> None:
-    """weight[index] += panel, in place. `partly`: entries of `index` below 0 (not trained) are left out."""
-    flat, values = index.flatten(), unpanel(panel, weight, dim, index)
-    if partly:
-        kept = (flat >= 0).nonzero()[:, 0]
-        flat, values = flat[kept], values.index_select(dim, kept)
-    weight.index_add_(dim, flat, values)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor that a tie mixes: a weight, or the bias of mixed rows."""
-
-    name: str
-    matrix: Matrix
-    dim: int
-
-    @property
-    def key(self) -> str:
-        """Unique even where one module holds several matrices (fused projections)."""
-        return f"{self.name}:{self.matrix.role}"
-
-
-def pieces_of(model: nn.Module, matrices: tuple[Matrix, ...]) -> list[Piece]:
-    """Weights, and biases where rows are mixed and there are any, in a fixed order."""
-    pieces = []
-    for matrix in matrices:
-        pieces.append(Piece(f"{matrix.module}.weight", matrix, matrix.dim))
-        if matrix.dim == 0 and linear(model, matrix.module).bias is not None:
-            pieces.append(Piece(f"{matrix.module}.bias", matrix, 0))
-    return pieces
-
-
-class Tie(nn.Module):
-    """One operator and the matrices of a block that share it."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        block: Block,
-        matrices: tuple[Matrix, ...],
-        size: int,
-        kind: OperatorKind,
-        diagonals: bool,
-    ):
-        super().__init__()
-        self.block = block
-        self.matrices = matrices
-        self.name = f"{block.name}_{'_'.join(m.role for m in matrices)}"
-        self.by_tokens = False
-        """N does not train whole, so there is no G[N]: the operator's gradient comes token by token (slices.py)."""
-        self.pieces = pieces_of(model, matrices)
-        weight = linear(model, matrices[0].module).weight
-        self.dtype = dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.k = size * block.width
-        self.operator = make_operator(kind, self.k, dtype, weight.device)
-        # The authors' diagonals: on N in every mixed matrix, on P where rows are mixed (v, up, gate).
-        mixes_rows = [m for m in matrices if m.dim == 0]
-        ones = torch.ones(len(matrices) if diagonals else 0, self.k, dtype=dtype, device=weight.device)
-        self.scale_n = nn.Parameter(ones) if diagonals else None
-        self.scale_p = nn.Parameter(torch.ones_like(ones[: len(mixes_rows)])) if diagonals and mixes_rows else None
-
-    def scale_of(self, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
-        """Diagonals [k, 1] on N and P of `piece`; None where there is none."""
-        if self.scale_n is None:
-            return None, None
-        row = self.matrices.index(piece.matrix)
-        on_p = self.scale_p[row][:, None] if self.scale_p is not None and piece.dim == 0 else None
-        return self.scale_n[row][:, None], on_p
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Start of a stage: an operator of exactly zero, diagonals of exactly one."""
-        self.operator.reset(generator)
-        with torch.no_grad():
-            for scale in (self.scale_n, self.scale_p):
-                if scale is not None:
-                    scale.fill_(1)
-
+from graftlm.anatomy import Block
+from graftlm.operators import stacked
+from graftlm.panels import Place, add_all, local, put_all, take_all
+from graftlm.ties import Piece, Tie
 
 Gradients = Callable[[str], tuple[Tensor, Tensor | None] | None]
 """Gradient of the parameter of that name, looked up when used (wrappers replace Parameter objects). With it, where only
 slices train, the place of each row or column in that gradient, -1 for those that do not train; None: all of them."""
+
+
+@dataclass
+class _Placed:
+    """Where P and N of one piece lie during a stage; `both` is N, then P."""
+
+    n: Place
+    p: Place
+    both: Place
+    in_slice: tuple[Place, Place] | None = None
+    """N and P in the gradient of a slice, where only slices train."""
 
 
 class Expansion:
@@ -140,9 +44,11 @@ class Expansion:
         self.block = block
         self.ties = ties
         self._choice: Choice | None = None
-        self._located: dict[str, tuple[Tensor, Tensor]] = {}
+        self._placed: dict[str, _Placed] = {}
         self.raw: dict[str, Tensor] = {}
         """Raw panels: "<parameter>:n", and ":p" where diagonals change P too; the model holds the effective ones."""
+        self.sliced = False
+        """Only slices train. They know the raw values, and panels are kept in float32 at least, as slices are."""
 
     @property
     def choice(self) -> Choice | None:
@@ -151,22 +57,34 @@ class Expansion:
 
     @choice.setter
     def choice(self, choice: Choice | None) -> None:
-        self._choice, self._located = choice, {}
+        self._choice, self._placed = choice, {}
 
-    def _indices(self, piece: Piece) -> tuple[Tensor, Tensor]:
-        """Positions of N and P along the piece's dimension, [slots, k] each; worked out once a stage."""
-        if piece.key not in self._located:
+    def placed(self, piece: Piece) -> _Placed:
+        """Where P and N lie in `piece`; worked out once a stage."""
+        if piece.key not in self._placed:
             assert self._choice is not None
-            device = self.model.get_parameter(piece.name).device
-            n, p = self._choice.disadvantageous.to(device), self._choice.advantageous.to(device)
-            self._located[piece.key] = piece.matrix.index(n), piece.matrix.index(p)
-        return self._located[piece.key]
+            device = self.device
+            n, p = (piece.matrix.index(c.to(device)) for c in (self._choice.disadvantageous, self._choice.advantageous))
+            width = piece.matrix.width if piece.matrix.offset % piece.matrix.width == 0 else 1
+            at_n, at_p, both = (Place(i, piece.dim, width) for i in (n, p, torch.cat([n, p], 1)))
+            self._placed[piece.key] = _Placed(at_n, at_p, both)
+        return self._placed[piece.key]
 
-    def _mixed(self) -> Iterator[tuple[Tie, Piece, Tensor, Tensor, Tensor]]:
+    def placed_in_slice(self, piece: Piece, places: Tensor) -> tuple[Place, Place]:
+        """Where N and P lie in the gradient of a slice whose rows or columns are at `places`."""
+        placed = self.placed(piece)
+        if placed.in_slice is None:
+            placed.in_slice = Place(places[placed.n.index], piece.dim), Place(places[placed.p.index], piece.dim)
+        return placed.in_slice
+
+    def weight(self, piece: Piece) -> Tensor:
+        """The piece's tensor in the model, as far as this rank holds it."""
+        return local(self.model.get_parameter(piece.name).data)
+
+    def mixed(self) -> Iterator["Mixed"]:
         for tie in self.ties:
             for piece in tie.pieces:
-                n, p = self._indices(piece)
-                yield tie, piece, self.model.get_parameter(piece.name).data, n, p
+                yield Mixed(self, tie, piece)
 
     @property
     def device(self) -> torch.device:
@@ -174,15 +92,11 @@ class Expansion:
 
     def raw_keys(self) -> list[str]:
         """Names of the raw panels of a stage."""
-        names = []
-        for tie in self.ties:
-            for piece in tie.pieces:
-                names += [f"{piece.key}:n"] + ([f"{piece.key}:p"] if tie.scale_of(piece)[1] is not None else [])
-        return names
+        return [key for mixed in self.mixed() for key in mixed.raw_keys()]
 
     def advantageous_panels(self, tie: Tie) -> list[Tensor]:
         """What the tie's operator acts on."""
-        return [self._raw_p(piece, weight, p) for other, piece, weight, _, p in self._mixed() if other is tie]
+        return [m.placed.p.take(m.weight) for m in self.mixed() if m.tie is tie]
 
     @torch.no_grad()
     def begin(self, choice: Choice, generator: torch.Generator) -> None:
@@ -190,72 +104,19 @@ class Expansion:
         self.choice = choice
         for tie in self.ties:
             tie.reset(generator)
-        self._remember()
-
-    def _remember(self) -> None:
         self.raw = {}
-        for tie, piece, weight, n, p in self._mixed():
-            self.raw[piece.key + ":n"] = take(weight, piece.dim, n)
-            if tie.scale_of(piece)[1] is not None:
-                self.raw[piece.key + ":p"] = take(weight, piece.dim, p)
+        for mixed in self.mixed():
+            remember([mixed])
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Put raw weights into the model, for the optimizer to step on."""
-        for _, piece, weight, n, p in self._mixed():
-            put_(weight, piece.dim, n, self.raw[piece.key + ":n"])
-            on_p = self.raw.get(piece.key + ":p")
-            if on_p is not None:
-                put_(weight, piece.dim, p, on_p)
+        for mixed in self.mixed():
+            restore([mixed])
 
-    @torch.no_grad()
     def apply(self) -> None:
-        """Keep the raw weights that the model holds now and write the effective ones: W~[N] = W[N] + M W[P]."""
-        self._remember()
-        for tie, piece, weight, n, p in self._mixed():
-            raw_n, raw_p = self.raw[piece.key + ":n"], self._raw_p(piece, weight, p)
-            added = tie.operator(raw_p.to(tie.dtype))
-            scale_n, scale_p = tie.scale_of(piece)
-            put_(weight, piece.dim, n, added.add_(raw_n if scale_n is None else scale_n * raw_n))
-            if scale_p is not None:
-                put_(weight, piece.dim, p, scale_p * raw_p)
-
-    def _raw_p(self, piece: Piece, weight: Tensor, p: Tensor) -> Tensor:
-        """The raw panel of P; effective weights of P are the raw ones unless there are diagonals."""
-        kept = self.raw.get(piece.key + ":p")
-        return take(weight, piece.dim, p) if kept is None else kept
-
-    @torch.no_grad()
-    def pull_back(self, gradient: Gradients) -> None:
-        """Turn gradients by effective weights into gradients by raw weights, operators and diagonals, in place."""
-        for tie, piece, weight, full_n, full_p in self._mixed():
-            found = None if tie.by_tokens else gradient(piece.name)
-            if found is None:
-                continue
-            grad, places = found
-            n, p = (full_n, full_p) if places is None else (places[full_n], places[full_p])
-            g_n = take(grad, piece.dim, n).to(tie.dtype)
-            raw_p = self._raw_p(piece, weight, full_p).to(tie.dtype)
-            back, factors = tie.operator.pull_back(raw_p, g_n)
-            for parameter, factor in zip(tie.operator.parameters(), factors, strict=True):
-                accumulate(parameter, factor)
-            scale_n, scale_p = tie.scale_of(piece)
-            if scale_n is not None:
-                raw_n = self.raw[piece.key + ":n"].to(tie.dtype)
-                self._accumulate_scale(tie, tie.scale_n, piece, (g_n * raw_n).sum(1))
-                put_(grad, piece.dim, n, scale_n * g_n)
-            if scale_p is not None:
-                g_p = take(grad, piece.dim, p).to(tie.dtype)
-                self._accumulate_scale(tie, tie.scale_p, piece, (g_p * raw_p).sum(1))
-                put_(grad, piece.dim, p, scale_p * g_p)
-            add_(grad, piece.dim, p, back, partly=places is not None)
-
-    @staticmethod
-    def _accumulate_scale(tie: Tie, scale: nn.Parameter | None, piece: Piece, grad: Tensor) -> None:
-        assert scale is not None
-        if scale.grad is None:
-            scale.grad = torch.zeros_like(scale)
-        scale.grad[tie.matrices.index(piece.matrix)] += grad
+        """Keep the raw weights that the model holds now and write the effective ones."""
+        for mixed in self.mixed():
+            apply([mixed])
 
     def end(self) -> None:
         """Fusion (eq. 14): the model already holds W~, so forgetting the raw weights is all; not a bit changes."""
@@ -263,7 +124,198 @@ class Expansion:
         self.choice = None
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """One tensor that an operator mixes, with its operator and its block's state."""
+
+    expansion: Expansion
+    tie: Tie
+    piece: Piece
+
+    def raw_keys(self) -> list[str]:
+        on_p = self.tie.scale_of(self.piece)[1] is not None
+        return [f"{self.piece.key}:n"] + [f"{self.piece.key}:p"] * on_p
+
+    @torch.no_grad()
+    def renew(self, values: Tensor, places: Tensor) -> None:
+        """Take raw weights over from a slice's `values`, whose rows or columns are at `places` (-1: do not train)."""
+        for key, place in zip(self.raw_keys(), self.expansion.placed_in_slice(self.piece, places), strict=False):
+            place.renew_(self.expansion.raw[key], values)
+
+    @property
+    def placed(self) -> _Placed:
+        return self.expansion.placed(self.piece)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.expansion.weight(self.piece)
+
+    @property
+    def slots(self) -> int:
+        return self.piece.matrix.slots
+
+    def raw_n(self) -> Tensor:
+        return self.expansion.raw[f"{self.piece.key}:n"]
+
+    def raw_p(self) -> Tensor | None:
+        """The raw panel of P where diagonals change P; elsewhere the model's own P is raw."""
+        return self.expansion.raw.get(f"{self.piece.key}:p")
+
+
+def _operators(group: Sequence[Mixed]) -> list[Tensor]:
+    """The operators' parameters, stacked: one for each slot of each matrix."""
+    parameters = stacked([mixed.tie.operator for mixed in group])
+    if all(mixed.slots == 1 for mixed in group):
+        return parameters
+    rows = [i for i, mixed in enumerate(group) for _ in range(mixed.slots)]
+    if len(group) == 1:
+        return [p.expand(len(rows), *p.shape[1:]) for p in parameters]
+    index = torch.tensor(rows).to(parameters[0].device, non_blocking=True)
+    return [p.index_select(0, index) for p in parameters]
+
+
+def _parts(batch: Tensor, group: Sequence[Mixed]) -> list[Tensor]:
+    """[n, ...] -> [slots, ...] of each matrix; views."""
+    return list(batch.split([mixed.slots for mixed in group]))
+
+
+def _batch(panels: Sequence[Tensor]) -> Tensor:
+    """[slots, k, other] of each matrix -> [n, k, other]; the panel itself where there is one."""
+    return panels[0] if len(panels) == 1 else torch.cat(list(panels))
+
+
+def _raw_p(group: Sequence[Mixed]) -> Tensor:
+    """Raw panels of P: [n, k, other]."""
+    kept = [mixed.raw_p() for mixed in group]
+    if all(panel is None for panel in kept):
+        return take_all([mixed.placed.p for mixed in group], [mixed.weight for mixed in group])
+    # Diagonals change P where rows are mixed, and not where columns are.
+    panels = zip(group, kept, strict=True)
+    return _batch([mixed.placed.p.take(mixed.weight) if panel is None else panel for mixed, panel in panels])
+
+
+@torch.no_grad()
+def remember(group: Sequence[Mixed]) -> tuple[Tensor, Tensor]:
+    """Keep the raw weights that the model holds now; returns the panels of N and P, [n, k, other] each."""
+    both = take_all([mixed.placed.both for mixed in group], [mixed.weight for mixed in group])
+    k = group[0].tie.k
+    n, p = both[:, :k], both[:, k:]
+    # Slices train in float32, whatever the model's weights are held in.
+    dtype = group[0].tie.dtype if group[0].expansion.sliced else n.dtype
+    kept_n = _parts(n.to(dtype, copy=True), group)
+    for mixed, *panels in zip(group, kept_n, _parts(p, group), strict=True):
+        for key, panel in zip(mixed.raw_keys(), panels, strict=False):
+            mixed.expansion.raw[key] = panel.to(dtype, copy=panel is panels[1])
+    return n, p
+
+
+@torch.no_grad()
+def restore(group: Sequence[Mixed]) -> None:
+    """Put raw weights into the model, for the optimizer to step on."""
+    put_all([mixed.placed.n for mixed in group], [mixed.weight for mixed in group], [mixed.raw_n() for mixed in group])
+    for mixed in group:
+        kept = mixed.raw_p()
+        if kept is not None:
+            mixed.placed.p.put_(mixed.weight, kept)
+
+
+@torch.no_grad()
+def apply(group: Sequence[Mixed]) -> None:
+    """Keep the raw weights that the model holds now and write the effective ones: W~[N] = W[N] + M W[P].
+
+    The matrices of `group` share k, the kind of operator and the width of their panels.
+    """
+    if group[0].expansion.sliced:  # slices have brought the raw weights up to date
+        raw_n, raw_p = _batch([mixed.raw_n() for mixed in group]), _raw_p(group)
+    else:
+        raw_n, raw_p = remember(group)
+    effective = group[0].tie.operator.product(_operators(group), raw_p.to(group[0].tie.dtype))
+    if group[0].tie.scale_n is None:
+        effective.add_(raw_n)
+    else:
+        for mixed, more, n, p in zip(group, *(_parts(t, group) for t in (effective, raw_n, raw_p)), strict=True):
+            scale_n, scale_p = mixed.tie.scale_of(mixed.piece)
+            more.add_(scale_n * n)
+            if scale_p is not None:
+                mixed.placed.p.put_(mixed.weight, scale_p * p)
+    put_all([mixed.placed.n for mixed in group], [mixed.weight for mixed in group], _parts(effective, group))
+
+
+@torch.no_grad()
+def pull_back(group: Sequence[Mixed], gradient: Gradients) -> None:
+    """Turn gradients by effective weights into gradients by raw weights, operators and diagonals, in place.
+
+    The matrices of `group` share k, the kind of operator and the width of their panels.
+    """
+    pulled = [(mixed, gradient(mixed.piece.name)) for mixed in group if not mixed.tie.by_tokens]
+    group = [mixed for mixed, found in pulled if found is not None]
+    if not group:
+        return
+    grads = [local(found[0]) for _, found in pulled if found is not None]
+    places = [found[1] for _, found in pulled if found is not None]
+    at_n, at_p = zip(*map(_places_in_gradient, group, places), strict=True)
+    dtype = group[0].tie.dtype
+    g_n = take_all(at_n, grads).to(dtype)
+    raw_p = _raw_p(group).to(dtype)
+    back, factors = group[0].tie.operator.pull_products(_operators(group), raw_p, g_n)
+    for mixed, *parts in zip(group, *(_parts(factor, group) for factor in factors), strict=True):
+        for parameter, part in zip(mixed.tie.operator.parameters(), parts, strict=True):
+            accumulate(parameter, part[0] if len(part) == 1 else part.sum(0))
+    if group[0].tie.scale_n is not None:
+        for mixed, g, raw, grad, n, p in zip(
+            group, _parts(g_n, group), _parts(raw_p, group), grads, at_n, at_p, strict=True
+        ):
+            _pull_back_diagonals(mixed, g, raw, grad, n, p)
+    add_all(at_p, grads, _parts(back, group), partly=any(place is not None for place in places))
+
+
+def _places_in_gradient(mixed: Mixed, places: Tensor | None) -> tuple[Place, Place]:
+    """Where N and P lie in the gradient of the whole tensor, or of a slice of it."""
+    if places is None:
+        return mixed.placed.n, mixed.placed.p
+    return mixed.expansion.placed_in_slice(mixed.piece, places)
+
+
+def _pull_back_diagonals(mixed: Mixed, g_n: Tensor, raw_p: Tensor, grad: Tensor, n: Place, p: Place) -> None:
+    """The authors' diagonals: their gradients, and those of raw weights through them."""
+    tie = mixed.tie
+    scale_n, scale_p = tie.scale_of(mixed.piece)
+    row = tie.matrices.index(mixed.piece.matrix)
+    for scale, parameter, place, g, raw in (
+        (scale_n, tie.scale_n, n, g_n, mixed.raw_n()),
+        (scale_p, tie.scale_p, p, None, raw_p),
+    ):
+        if scale is None or parameter is None:
+            continue
+        g = place.take(grad).to(tie.dtype) if g is None else g
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad[row] += (g * raw).sum((0, 2))
+        place.put_(grad, scale * g)
+
+
 def accumulate(parameter: nn.Parameter, grad: Tensor) -> None:
     """parameter.grad += grad, as autograd does it."""
     grad = grad.to(parameter.dtype)
     parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+
+def groups_of(expansions: Sequence[Expansion], most: int) -> list[list[Mixed]]:
+    """Matrices that can go through one batched product, in groups of at most `most` bytes of panels of N."""
+    alike: dict[tuple[int, ...], list[Mixed]] = {}
+    for expansion in expansions:
+        for mixed in expansion.mixed():
+            weight = expansion.weight(mixed.piece)
+            other = weight.numel() // weight.shape[mixed.piece.dim]
+            alike.setdefault((mixed.tie.k, other, int(mixed.tie.by_tokens)), []).append(mixed)
+    groups: list[list[Mixed]] = []
+    for (k, other, _), members in alike.items():
+        room = 0
+        for mixed in members:
+            size = mixed.piece.matrix.slots * k * other * mixed.tie.dtype.itemsize
+            if size > room:
+                groups.append([])
+                room = most
+            groups[-1].append(mixed)
+            room -= size
+    return groups

@@ -114,15 +114,22 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, card: str | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    card: str | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a stock checkpoint: safetensors, configs, tokenizer, and `card` as README.md; all of it or nothing.
+
+    `state_dict`: the weights, where the model holds only a share of them (sharding.gathered_state).
 
     `AutoModelForCausalLM.from_pretrained(folder)` reopens it with the same bits. A checkpoint that stands at `folder`
     is replaced only when the new one is complete. Raises UserError when the disk is full or cannot be written.
     """
     with atomic_folder(folder) as temporary, quiet_transformers():
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=state_dict)
         tokenizer.save_pretrained(temporary)
         if card is not None:
             write_text(temporary / "README.md", card)

@@ -4,6 +4,7 @@ Every form gives M x and the adjoint of that product without building M. k = row
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -37,7 +38,11 @@ def operator_size(kind: OperatorKind, k: int) -> int:
 
 
 class Operator(nn.Module):
-    """A k x k matrix M, exactly zero after `reset`."""
+    """A k x k matrix M, exactly zero after `reset`.
+
+    `product` and `pull_products` serve n operators of one shape at once; x and g are [n, k, d] and may be views of any
+    strides, `parameters` are those of all n stacked, in the order of `parameters()`.
+    """
 
     k: int
 
@@ -45,16 +50,20 @@ class Operator(nn.Module):
         """Start of a stage: M = 0 exactly, ready to learn."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """M x for x [k, d]."""
+    def product(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        """M x: [n, k, d]."""
         raise NotImplementedError
 
-    def adjoint(self, g: Tensor) -> Tensor:
-        """M^T g for g [k, d]."""
+    def pull_products(self, parameters: Sequence[Tensor], x: Tensor, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """For g = dL/d(M x): M^T g [n, k, d], and dL/d(parameter), stacked like `parameters`."""
         raise NotImplementedError
 
-    def pull_back(self, x: Tensor, g: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """For g = dL/d(M x), both [k, d]: M^T g [k, d], and dL/d(parameter) in the order of `parameters()`."""
+    def adjoint_product(self, parameters: Sequence[Tensor], g: Tensor) -> Tensor:
+        """M^T g: [n, k, d]."""
+        raise NotImplementedError
+
+    def pull_matrix(self, grad: Tensor) -> list[Tensor]:
+        """dL/d(parameter), in the order of `parameters()`, from dL/dM [k, k]."""
         raise NotImplementedError
 
     def matrix(self) -> Tensor:
@@ -64,6 +73,26 @@ class Operator(nn.Module):
     def spread(self) -> float:
         """How far M x moves a row per unit step of every zero-started parameter and unit rms of x."""
         raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """M x for x [k, d]."""
+        return self.product(stacked([self]), x[None])[0]
+
+    def adjoint(self, g: Tensor) -> Tensor:
+        """M^T g for g [k, d]."""
+        return self.adjoint_product(stacked([self]), g[None])[0]
+
+    def pull_back(self, x: Tensor, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """For g = dL/d(M x), both [k, d]: M^T g [k, d], and dL/d(parameter) in the order of `parameters()`."""
+        back, grads = self.pull_products(stacked([self]), x[None], g[None])
+        return back[0], [grad[0] for grad in grads]
+
+
+def stacked(operators: Sequence[Operator]) -> list[Tensor]:
+    """Parameters of operators of one shape, [n, ...] each; those of a single operator are not copied."""
+    if len(operators) == 1:
+        return [p[None] for p in operators[0].parameters()]
+    return [torch.stack(same) for same in zip(*(o.parameters() for o in operators), strict=True)]
 
 
 class Dense(Operator):
@@ -77,14 +106,17 @@ class Dense(Operator):
     def reset(self, generator: torch.Generator) -> None:
         nn.init.zeros_(self.M)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.M @ x
+    def product(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        return torch.bmm(parameters[0], x)
 
-    def adjoint(self, g: Tensor) -> Tensor:
-        return self.M.T @ g
+    def adjoint_product(self, parameters: Sequence[Tensor], g: Tensor) -> Tensor:
+        return torch.bmm(parameters[0].transpose(1, 2), g)
 
-    def pull_back(self, x: Tensor, g: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self.adjoint(g), [g @ x.T]
+    def pull_products(self, parameters: Sequence[Tensor], x: Tensor, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self.adjoint_product(parameters, g), [torch.bmm(g, x.transpose(1, 2))]
+
+    def pull_matrix(self, grad: Tensor) -> list[Tensor]:
+        return [grad]
 
     def matrix(self) -> Tensor:
         return self.M
@@ -119,39 +151,59 @@ class Monarch(Operator):
             self.D.copy_(drawn)
 
     def _split(self, x: Tensor) -> Tensor:
-        """[k, d] -> [a, b, d], padded with zeros."""
+        """[n, k, d] -> [n * a, b, d], padded with zeros."""
         if self.a * self.b > self.k:
             x = F.pad(x, (0, 0, 0, self.a * self.b - self.k))
-        return x.unflatten(0, (self.a, self.b))
+        return x.unflatten(1, (self.a, self.b)).flatten(0, 1)
+
+    def _turn(self, y: Tensor) -> Tensor:
+        """[n * a, b, d] -> [n * b, a, d]; a view when n is 1."""
+        return y.unflatten(0, (-1, self.a)).transpose(1, 2).flatten(0, 1)
+
+    def _turn_back(self, y: Tensor) -> Tensor:
+        """[n * b, a, d] -> [n * a, b, d]; a view when n is 1."""
+        return y.unflatten(0, (-1, self.b)).transpose(1, 2).flatten(0, 1)
 
     def _join(self, x: Tensor) -> Tensor:
-        """[a, b, d] -> [k, d]."""
-        return x.reshape(self.a * self.b, -1)[: self.k]
+        """[n * a, b, d] -> [n, k, d]."""
+        return x.reshape(-1, self.a * self.b, x.shape[-1])[:, : self.k]
 
-    def _inner(self, x: Tensor) -> Tensor:
-        """blockdiag(R) x: [a, b, d] -> [a, b, d]."""
-        return self.R[..., None] * x if self.diagonal else torch.bmm(self.R, x)
+    def _inner(self, inner: Tensor, x: Tensor, adjoint: bool = False) -> Tensor:
+        """blockdiag(R) x, or blockdiag(R)^T x: [n * a, b, d] -> [n * a, b, d]; inner [n * a, b(, b)]."""
+        if self.diagonal:
+            return inner[..., None] * x
+        return torch.bmm(inner.transpose(1, 2) if adjoint else inner, x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self._inner(self._split(x)).transpose(0, 1)  # [b, a, d]
-        return self._join(torch.bmm(self.D, y).transpose(0, 1))
+    def product(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        inner, outer = (p.flatten(0, 1) for p in parameters)
+        y = self._turn(self._inner(inner, self._split(x)))  # [n * b, a, d]
+        return self._join(self._turn_back(torch.bmm(outer, y)))
 
-    def _inner_adjoint(self, y: Tensor) -> Tensor:
-        """blockdiag(R)^T y: [a, b, d] -> [a, b, d]."""
-        return self.R[..., None] * y if self.diagonal else torch.bmm(self.R.transpose(1, 2), y)
+    def adjoint_product(self, parameters: Sequence[Tensor], g: Tensor) -> Tensor:
+        inner, outer = (p.flatten(0, 1) for p in parameters)
+        y = self._turn_back(torch.bmm(outer.transpose(1, 2), self._turn(self._split(g))))  # [n * a, b, d]
+        return self._join(self._inner(inner, y, adjoint=True))
 
-    def adjoint(self, g: Tensor) -> Tensor:
-        y = torch.bmm(self.D.transpose(1, 2), self._split(g).transpose(0, 1)).transpose(0, 1)  # [a, b, d]
-        return self._join(self._inner_adjoint(y))
-
-    def pull_back(self, x: Tensor, g: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x, g = self._split(x), self._split(g).transpose(0, 1)  # [a, b, d], [b, a, d]
-        y = self._inner(x).transpose(0, 1)  # [b, a, d]
-        grad_d = torch.bmm(g, y.transpose(1, 2))  # [b, a, a]
-        grad_y = torch.bmm(self.D.transpose(1, 2), g).transpose(0, 1)  # [a, b, d]
-        # [a, b] when R is diagonal, else [a, b, b]
+    def pull_products(self, parameters: Sequence[Tensor], x: Tensor, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        n = len(x)
+        inner, outer = (p.flatten(0, 1) for p in parameters)
+        # g is read twice, and a panel of columns in an order that bmm would copy each time.
+        x, g = self._split(x), self._turn(self._split(g.contiguous()))  # [n * a, b, d], [n * b, a, d]
+        y = self._turn(self._inner(inner, x))  # [n * b, a, d]
+        grad_d = torch.bmm(g, y.transpose(1, 2))  # [n * b, a, a]
+        grad_y = self._turn_back(torch.bmm(outer.transpose(1, 2), g))  # [n * a, b, d]
+        # [n * a, b] when R is diagonal, else [n * a, b, b]
         grad_r = (grad_y * x).sum(-1) if self.diagonal else torch.bmm(grad_y, x.transpose(1, 2))
-        return self._join(self._inner_adjoint(grad_y)), [grad_r, grad_d]
+        back = self._join(self._inner(inner, grad_y, adjoint=True))
+        return back, [grad_r.unflatten(0, (n, self.a)), grad_d.unflatten(0, (n, self.b))]
+
+    def pull_matrix(self, grad: Tensor) -> list[Tensor]:
+        padding = self.a * self.b - self.k
+        blocks = F.pad(grad, (0, padding, 0, padding)).view(self.a, self.b, self.a, self.b)  # [i, t, j, u]
+        inner = torch.diag_embed(self.R) if self.diagonal else self.R
+        grad_r = torch.einsum("itju,tij->jtu", blocks, self.D)
+        grad_d = torch.einsum("itju,jtu->tij", blocks, inner)
+        return [grad_r.diagonal(dim1=1, dim2=2) if self.diagonal else grad_r, grad_d]
 
     def matrix(self) -> Tensor:
         inner = torch.diag_embed(self.R) if self.diagonal else self.R

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from graftlm.advantage import Choice
 from graftlm.anatomy import Block, Matrix
-from graftlm.expansion import Piece, Tie
+from graftlm.ties import Piece, Tie
 
 
 def _span(matrix: Matrix, components: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class SlicedTraining(nn.Module):
         counts: dict[str, int] = {}
         self._dims: dict[str, int] = {}
         for expansion in self._expansions:
+            expansion.sliced = True
             block = expansion.block
             count = budget.blocks[block.name]
             size = count.n + count.p + count.rest
@@ -98,11 +99,17 @@ class SlicedTraining(nn.Module):
                 self._undo.append(install(linear(self._model[0], module), plan))
 
     def write(self) -> None:
-        """Write what trained into the model's weights."""
+        """Write what trained into the model's weights, rounded to their dtype, and into the kept raw panels."""
         for module in self._dims:
             found = self.slice_of(module)
             if found is not None:
                 found.write(linear(self._model[0], module))
+        for expansion in self._expansions:
+            for mixed in expansion.mixed():
+                module, _, kind = mixed.piece.name.rpartition(".")
+                found = self.slice_of(module)
+                if found is not None:
+                    mixed.renew(getattr(found, kind), found.places)
 
     def gradient(self, name: str) -> tuple[Tensor, Tensor | None] | None:
         """The gradient of the slice of the parameter `name`, with the places of its rows or columns (expansion.py)."""

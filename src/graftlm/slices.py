@@ -3,6 +3,8 @@
 The layer's weight is frozen and holds effective values; what trains is a `Slice`, a copy of the rows or columns of raw
 values. Where N does not train whole there is no G[N], so operators get their gradient from tokens instead:
 rows mixed, dM = sum of dy_N (x) y_P; columns mixed, dM = sum of x_N (x) dx_P. T tokens, k = dimensions of P.
+dM is summed as a full matrix and goes through M's factors once: one plain product of k^2 a token is faster, on CPUs and
+GPUs alike, than several of its factors' shapes, and still small beside the layer's own.
 """
 
 from collections.abc import Callable
@@ -14,17 +16,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.operators import Operator
+from graftlm.panels import Place
 
 
 class Slice(nn.Module):
-    """Trainable rows (dim 0) or columns (dim 1) of one linear layer; with its bias entries where rows train."""
+    """Trainable rows (dim 0) or columns (dim 1) of one linear layer; with its bias entries where rows train.
+
+    Held in float32 at least: small updates would be lost in bfloat16.
+    """
 
     def __init__(self, layer: nn.Linear, dim: int, count: int):
         super().__init__()
         self.dim = dim
         other = layer.weight.shape[1 - dim]
         shape = (count, other) if dim == 0 else (other, count)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=layer.weight.dtype, device=layer.weight.device))
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=layer.weight.device))
         has_bias = dim == 0 and layer.bias is not None
         self.bias = nn.Parameter(self.weight.new_empty(count)) if has_bias else None
         self.index = torch.empty(0, dtype=torch.int64)
@@ -38,35 +45,58 @@ class Slice(nn.Module):
         self.index = index.to(layer.weight.device)
         self.places = torch.full((layer.weight.shape[self.dim],), -1, device=layer.weight.device)
         self.places[self.index] = torch.arange(len(index), device=layer.weight.device)
-        self.weight.copy_(layer.weight.index_select(self.dim, self.index))
+        self._place = Place(self.index[None], self.dim)
+        self._panel().copy_(self._place.take(layer.weight))
         if self.bias is not None:
             self.bias.copy_(layer.bias.index_select(0, self.index))
 
+    def _panel(self) -> Tensor:
+        """The values as panels.py has them, [1, count, other]; a view."""
+        return (self.weight if self.dim == 0 else self.weight.T)[None]
+
     @torch.no_grad()
     def write(self, layer: nn.Linear) -> None:
-        """Write the trained values into the layer."""
-        layer.weight.index_copy_(self.dim, self.index, self.weight)
+        """Write the trained values into the layer, rounded to its dtype."""
+        self._place.put_(layer.weight, self._panel())
         if self.bias is not None:
-            layer.bias.index_copy_(0, self.index, self.bias)
+            layer.bias.index_copy_(0, self.index, self.bias.to(layer.bias.dtype))
 
 
 @dataclass
 class Route:
-    """Where one operator's gradient is read off in a linear layer: N and P along the mixed dimension, [slots, k]."""
+    """Where one operator's gradient is read off in a linear layer: N and P along the mixed dimension, [slots, k].
+
+    Every slot of every token is a vector of k that M acts on.
+    """
 
     operator: Operator
     n: Tensor
     p: Tensor
+    trained: Tensor | None = None
+    """Those of P that train, by place in P: int64 [m], the same in every slot. None: none does."""
+    places: Tensor | None = None
+    """Their places in the slice: int64 [slots * m]."""
 
-    def by_rows(self, tokens: Tensor, index: Tensor) -> Tensor:
-        """Columns `index` of tokens [T, features] as an operator wants them: [k, slots * T]."""
-        picked = tokens[:, index.flatten()].view(len(tokens), *index.shape)  # [T, slots, k]
-        return picked.permute(2, 1, 0).reshape(index.shape[1], -1).to(next(self.operator.parameters()).dtype)
+    def lay(self, found: Slice | None) -> None:
+        """Start of a stage. What depends on indices alone is worked out here: looking at them stalls a GPU."""
+        self.trained = self.places = None
+        if found is not None:
+            places = found.places[self.p]  # [slots, k]
+            trained = (places[0] >= 0).nonzero()[:, 0]
+            if len(trained):
+                self.trained, self.places = trained, places[:, trained].flatten()
 
-    def to_tokens(self, panel: Tensor, like: Tensor) -> Tensor:
-        """Undo `by_rows`: [k, slots * T] -> [T, slots * k]."""
-        slots, k = self.n.shape
-        return panel.view(k, slots, -1).permute(2, 1, 0).reshape(-1, slots * k).to(like.dtype)
+    def factors(self, g: Tensor, x: Tensor) -> list[Tensor]:
+        """Gradients of the operator's parameters from g = dL/d(M x) and x, tokens [T, slots * k] each."""
+        k = self.n.shape[1]
+        summed = g.reshape(-1, k).T @ x.reshape(-1, k)  # [k, k]
+        return self.operator.pull_matrix(summed.to(next(self.operator.parameters()).dtype))
+
+    def add_back_(self, tokens: Tensor, g: Tensor) -> None:
+        """tokens [T, count] += M^T g, in place, where columns of P train; g is [T, slots * k]."""
+        if self.trained is not None and self.places is not None:
+            mixer = self.operator.matrix()[:, self.trained].to(g.dtype)  # [k, m]
+            tokens.index_add_(1, self.places, (g.reshape(-1, len(mixer)) @ mixer).view(len(tokens), -1))
 
 
 class Plan:
@@ -76,16 +106,45 @@ class Plan:
         self.slice = found
         self.dim = dim
         self.routes: list[Route] = []
-        self.pulled: list[tuple[Tensor, Tensor]] = []
-        """For each route of mixed columns: those of P that train, by place in the slice and in P; int64 [n] each."""
+        self.lay([])
 
     def lay(self, routes: list[Route]) -> None:
-        """Start of a stage. What depends on indices alone is worked out here: looking at them stalls a GPU."""
-        self.routes, self.pulled = routes, []
+        """Start of a stage; the slice has been chosen."""
+        self.routes = routes
         for route in routes:
-            places = self.slice.places[route.p.flatten()] if self.slice is not None and self.dim == 1 else route.p[:0]
-            kept = (places.flatten() >= 0).nonzero()[:, 0]
-            self.pulled.append((places.flatten()[kept], kept))
+            route.lay(self.slice)
+        self._of_slice: Tensor | None = None
+        if self.slice is None and not routes:
+            return
+        # Passing over all tokens costs, not how many columns are taken: N of each route, and then what else the slice
+        # has, are picked at once.
+        picked = [route.n.flatten() for route in routes]
+        self._widths = [len(n) for n in picked]
+        if self.slice is not None:
+            index = self.slice.index
+            of_routes = torch.isin(index, torch.cat(picked)) if picked else torch.zeros_like(index, dtype=torch.bool)
+            picked.append(index[~of_routes])
+        self._picked = torch.cat(picked)
+        if self.slice is not None and routes:
+            order = self._picked.argsort()
+            self._of_slice = order[torch.searchsorted(self._picked[order], self.slice.index)]
+
+    def pick(self, tokens: Tensor) -> Tensor:
+        """Columns of tokens [T, features] that are N of a route or the slice's: contiguous, [T, picked]."""
+        return _pick(tokens, self._picked)
+
+    def of_routes(self, picked: Tensor) -> list[Tensor]:
+        """Of what `pick` gave, N of each route: views, [T, slots * k]."""
+        return list(picked[:, : sum(self._widths)].split(self._widths, 1))
+
+    def of_slice(self, picked: Tensor) -> Tensor:
+        """Of what `pick` gave, the slice's rows or columns: [T, count]."""
+        return picked if self._of_slice is None else picked.index_select(1, self._of_slice)
+
+
+def _pick(tokens: Tensor, index: Tensor) -> Tensor:
+    """Columns `index` of tokens [T, features], contiguous; on a CPU by all threads, which index_select does not."""
+    return tokens.gather(1, index.flatten().expand(len(tokens), -1))
 
 
 class _SlicedLinear(torch.autograd.Function):
@@ -101,57 +160,50 @@ class _SlicedLinear(torch.autograd.Function):
         if plan.dim == 0:
             # Mixed rows: the whole input where any row trains, and y_P for each operator.
             saved += [x] if plan.slice is not None else []
-            saved += [flat_y[:, r.p.flatten()] for r in plan.routes]
+            saved += [_pick(flat_y, r.p) for r in plan.routes]
         else:
             # Mixed columns: only the inputs of the columns that train, and x_N for each operator.
-            saved += [_pulled_inputs(flat_x, plan)] if plan.slice is not None else []
-            saved += [flat_x[:, r.n.flatten()] for r in plan.routes]
+            saved.append(plan.pick(flat_x))
         ctx.save_for_backward(weight, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        dy = grad_outputs[0]
+        with torch.autocast(dy.device.type, enabled=False):  # dtypes are those of the forward pass
+            return _SlicedLinear._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx: Any, dy: Tensor) -> Any:
         plan: Plan = ctx.plan
         weight, *saved = ctx.saved_tensors
-        dy = grad_outputs[0]
         need_dx = ctx.needs_input_grad[0] or (plan.dim == 1 and plan.routes)
         dx = dy @ weight.to(dy.dtype) if need_dx else None
         flat_dy = dy.reshape(-1, dy.shape[-1])  # [T, out]
-        inputs = saved.pop(0) if plan.slice is not None else None
+        # The side of the layer on which the operators act, and on which the slice is a part: dy, or x.
+        picked = plan.pick(flat_dy) if plan.dim == 0 else saved.pop(0)
+        inputs = saved.pop(0) if plan.slice is not None and plan.dim == 0 else None
+        # The raw rows or columns of the slice see it as it is, and through M^T where they are of P.
+        of_slice = plan.of_slice(picked) if plan.slice is not None else None  # [T, count]
         factors: list[Tensor] = []
-        for route, kept in zip(plan.routes, saved, strict=True):
-            whole = torch.arange(route.n.numel(), device=kept.device).view(route.n.shape)
+        for i, (route, of_n) in enumerate(zip(plan.routes, plan.of_routes(picked), strict=True)):
             if plan.dim == 0:
-                y_p, dy_n = route.by_rows(kept, whole), route.by_rows(flat_dy, route.n)
-                back, grads = route.operator.pull_back(y_p, dy_n)
-                if plan.slice is not None:  # dy_P + M^T dy_N: what the raw rows of P see
-                    flat_dy = flat_dy.index_add(1, route.p.flatten(), route.to_tokens(back, flat_dy))
+                of_p = saved[i]
             else:
                 assert dx is not None
-                dx_p = route.by_rows(dx.reshape(-1, dx.shape[-1]), route.p)
-                _, grads = route.operator.pull_back(dx_p, route.by_rows(kept, whole))
-            factors += grads
-        trained: list[Tensor | None] = []
-        if plan.slice is not None and inputs is not None:
-            if plan.dim == 0:
-                picked = flat_dy[:, plan.slice.index]  # [T, rows]
-                trained.append(picked.T @ inputs.reshape(-1, inputs.shape[-1]))
-                trained += [picked.sum(0)] if plan.slice.bias is not None else []
+                of_p = _pick(dx.reshape(-1, dx.shape[-1]), route.p)
+            factors += route.factors(of_n, of_p)
+            if of_slice is not None:
+                route.add_back_(of_slice, of_n)
+        trained: list[Tensor] = []
+        if plan.slice is not None and of_slice is not None:
+            if inputs is None:
+                trained.append(flat_dy.T @ of_slice)
             else:
-                trained.append(flat_dy.T @ inputs)
-        everything = [None if g is None else g.view(s) for g, s in zip([*trained, *factors], ctx.shapes, strict=True)]
+                trained.append(of_slice.T @ inputs.reshape(-1, inputs.shape[-1]))
+                trained += [of_slice.sum(0)] if plan.slice.bias is not None else []
+        everything = [g.view(s) for g, s in zip([*trained, *factors], ctx.shapes, strict=True)]
         return (dx if ctx.needs_input_grad[0] else None, None, None, None, *everything)
-
-
-def _pulled_inputs(x: Tensor, plan: Plan) -> Tensor:
-    """Inputs [T, count] that the raw columns of the slice see: x, plus M^T x_N where a column of P trains."""
-    assert plan.slice is not None
-    inputs = x[:, plan.slice.index]
-    for route, (places, kept) in zip(plan.routes, plan.pulled, strict=True):
-        if len(kept):
-            back = route.to_tokens(route.operator.adjoint(route.by_rows(x, route.n)), x)
-            inputs = inputs.index_add(1, places, back[:, kept])
-    return inputs
 
 
 def install(layer: nn.Linear, plan: Plan) -> Callable[[], None]:

@@ -39,7 +39,7 @@ def plan(args: argparse.Namespace) -> None:
     config = _config(args)
     from graftlm.training import plan as planning
 
-    planning.plan(config)
+    planning.plan(config, gpus=getattr(args, "gpus", None))
 
 
 def data(args: argparse.Namespace) -> None:

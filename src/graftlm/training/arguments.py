@@ -1,14 +1,19 @@
 """RunConfig -> transformers' TrainingArguments."""
 
+import difflib
 import importlib.util
 import os
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from graftlm.errors import UserError
+from graftlm.fused_loss import FusedLoss, unfit
 from graftlm.training.config import RunConfig
+
+TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 
 # Passed on under the same name.
 SAME = (
@@ -27,11 +32,25 @@ SAME = (
     "max_grad_norm",
     "optim",
     "bf16",
-    "torch_compile",
     "logging_steps",
     "save_total_limit",
     "seed",
 )
+
+
+def check_optimizer(config: RunConfig) -> None:
+    """Raise UserError for an `optim` that is unknown, whose library is missing, or that cannot be resumed."""
+    names = [name.value for name in OptimizerNames]
+    if config.optim not in names:
+        near = difflib.get_close_matches(config.optim, names, n=1)
+        raise UserError(f"optim: {config.optim} is no optimizer of transformers; try {near[0] if near else names[0]}")
+    if config.optim in TORCHAO:
+        raise UserError(f"optim: the state of {config.optim} cannot be kept in a checkpoint; use adamw_8bit")
+    eight_bit = "8bit" in config.optim or config.optim.startswith(("paged_", "ademamix", "lion", "rmsprop_bnb"))
+    if eight_bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"optim: {config.optim} needs bitsandbytes; pip install bitsandbytes, or use adamw_torch")
+    if "8bit" in config.optim and config.distributed.strategy == "fsdp2":
+        raise UserError(f"optim: {config.optim} does not know fsdp2's shards; use adamw_torch, or strategy ddp")
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
@@ -42,6 +61,10 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     for tracker in config.report_to:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"report_to: {tracker} is not installed; pip install {tracker}, or leave it out")
+    if config.use_liger_kernel and (importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available()):
+        raise UserError(
+            "use_liger_kernel: needs a GPU and the package liger-kernel; pip install liger-kernel, or set it to false"
+        )
     run = Path(config.output_dir)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard"))
     try:
@@ -59,8 +82,29 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             logging_first_step=True,
             logging_nan_inf_filter=False,  # it would hide a NaN behind the mean of earlier losses
             remove_unused_columns=False,
+            # fsdp2: layers are compiled one by one (sharding.py)
+            torch_compile=config.torch_compile and config.distributed.strategy != "fsdp2",
+            ddp_find_unused_parameters=False,  # operators, which get no gradient in a backward pass, are out of DDP
+            use_liger_kernel=config.use_liger_kernel,
+            # Not its SwiGLU: the gate that assesses channels (fused_gate.py) does the same and takes their statistic.
+            liger_kernel_config={
+                "rope": True,
+                "rms_norm": True,
+                "swiglu": False,
+                "cross_entropy": False,
+                "fused_linear_cross_entropy": config.fused_loss is not False,
+            },
             use_cpu=not torch.accelerator.is_available(),  # else transformers refuses bf16 there
             dataloader_pin_memory=torch.cuda.is_available(),
         )
     except ValueError as error:
         raise UserError(f"transformers refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def fuse_loss(config: RunConfig, model: PreTrainedModel) -> FusedLoss | None:
+    """The fused loss on `model`, where the run has ours. Raises UserError where it is asked for and cannot be."""
+    if config.fused_loss is False or config.use_liger_kernel:
+        return None
+    if config.fused_loss == "auto" and (config.torch_compile or unfit(model)):
+        return None
+    return FusedLoss(model)

@@ -38,6 +38,15 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes, one a GPU, started by `torchrun -m graftlm train` or `accelerate launch -m graftlm train`."""
+
+    strategy: Literal["none", "ddp", "fsdp2"] = "none"
+    """none: one process. ddp: each process holds the whole model and optimizer. fsdp2: each holds its share of them
+    (full regime and method full)."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A training run (`graftlm train CONFIG.yaml`)."""
 
@@ -123,6 +132,13 @@ class RunConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     torch_compile: bool = False
     """Compile the model with torch.compile."""
+    fused_loss: bool | Literal["auto"] = "auto"
+    """Take the loss some tokens at a time, so that the logits of a batch never exist whole: less memory, same time.
+    auto: unless the model is compiled, or of a family whose logits may be more than the LM head's product."""
+    use_liger_kernel: bool = False
+    """liger-kernel's RoPE, RMSNorm and (unless fused_loss is false) its fused loss; needs an NVIDIA or AMD GPU."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """More than one GPU."""
     attn_implementation: str | None = None
     """sdpa, eager, flash_attention_2 ...; None lets transformers choose."""
     trust_remote_code: bool = False
@@ -169,6 +185,11 @@ class RunConfig:
                 raise UserError(f"{name}: {getattr(self, name)} must not be negative")
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"max_steps: {self.max_steps} must be above 0, or -1 to train by epochs")
+        if self.distributed.strategy == "fsdp2" and self.method == "apex" and self.apex.trains != "full":
+            raise UserError(
+                f"distributed.strategy: fsdp2 cannot shard apex.trains: {self.apex.trains} yet; use ddp, which needs "
+                "little memory there, or apex.trains: full"
+            )
         if self.streaming and self.max_steps < 0:
             raise UserError("max_steps: streaming data has no known length; set max_steps")
         if self.streaming and self.apex.stage_by == "epochs" and self.method == "apex":

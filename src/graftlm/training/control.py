@@ -1,9 +1,11 @@
 """The control: plain training with the same tokens, order, schedule and seed, in a process of its own.
 
-Its own process gives it its own peak of memory, and the first run's memory back before it begins.
+Its own process gives it its own peak of memory, and the first run's memory back before it begins. Where a run has
+several processes, they train the control after it.
 """
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
@@ -12,10 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from graftlm.configuring import dump_yaml, load_config
 from graftlm.errors import UserError
 from graftlm.files import read_json, write_text
 from graftlm.training.config import RunConfig
+from graftlm.training.distributed import on_main, world_size
 
 
 def control_config(config: RunConfig, stage_starts: Sequence[int]) -> RunConfig:
@@ -31,7 +36,10 @@ def run_control(config: RunConfig, stage_starts: Sequence[int], *, resume: bool)
     control = control_config(config, stage_starts)
     folder = Path(control.output_dir)
     finished = folder / "summary.json"
-    if not finished.exists():
+    if world_size() > 1:
+        if not on_main(finished.exists):
+            _run_here(control, resume)
+    elif not finished.exists():
         given = folder / "given.yaml"
         write_text(given, dump_yaml(control))
         command = [sys.executable, "-m", "graftlm.training.control", str(given), *(["--resume"] if resume else [])]
@@ -43,8 +51,20 @@ def run_control(config: RunConfig, stage_starts: Sequence[int], *, resume: bool)
                 f"`graftlm train {config.output_dir}/config.yaml --resume` goes on with the control"
             )
         given.unlink(missing_ok=True)
-    summary: dict[str, Any] = read_json(finished)
+    summary: dict[str, Any] = on_main(lambda: read_json(finished))
     return summary
+
+
+def _run_here(control: RunConfig, resume: bool) -> None:
+    """The processes of the run train once more: they cannot start others that would meet one another. Memory of a GPU
+    is measured anew; that of a process without one is the larger of both runs'."""
+    from graftlm.training.run import train_one  # here: run.py imports this module
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    train_one(control, resume=resume)
 
 
 def _end_with_parent() -> None:

@@ -1,18 +1,21 @@
-"""What a run computes and holds, counted from shapes: floating-point operations and bytes, nothing measured.
+"""What a run computes, holds and sends, counted from shapes: floating-point operations and bytes, nothing measured.
 
 T tokens a row, L layers, H query heads, d_qk and d_v their widths, k dimensions of P, a and b Monarch's blocks.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from graftlm.anatomy import decoder_layers
 from graftlm.apex import Apex
 from graftlm.budget import component_size, matrices_that_train
-from graftlm.expansion import Tie
 from graftlm.operators import Dense, Monarch, Operator
+from graftlm.ties import Tie
+from graftlm.training.layout import Layout
 
 FORMULA = "tokens x (6 x matmul parameters + 6 x L x H x (d_qk + d_v) x T), attention not halved for causality"
 FORMULA_PARTLY = (
@@ -118,12 +121,18 @@ def _sum(sizes: dict[str, int], prefix: str, outside: bool = False) -> int:
 
 
 def _route_flops(apex: Apex, tie: Tie) -> int:
-    """A token's share in an operator whose gradient is read off token by token (slices.py)."""
+    """A token's share in an operator whose gradient is read off token by token (slices.py): dM as a full matrix, and
+    M^T for what trains of P."""
+    trained = apex.budget.blocks[tie.block.name].p * tie.block.width
+    return sum(2 * tie.k * (tie.k + trained) * matrix.slots for matrix in tie.matrices)
+
+
+def pass_flops(apex: Apex | None) -> int:
+    """Of the operators in one backward pass, whatever its tokens: dM of each matrix through M's factors."""
     total = 0
-    for matrix in tie.matrices:
-        cost = operator_flops(tie.operator, matrix.slots)
-        pulls_inputs = matrix.dim == 1 and apex.budget.blocks[tie.block.name].p > 0
-        total += cost.pull_back + (cost.adjoint if pulls_inputs else 0)
+    for tie in apex.ties if apex is not None else []:
+        if tie.by_tokens and isinstance(tie.operator, Monarch):
+            total += len(tie.matrices) * 4 * (tie.operator.a * tie.operator.b) ** 2
     return total
 
 
@@ -145,20 +154,132 @@ def step_flops(apex: Apex) -> int:
     return total
 
 
-def raw_bytes(apex: Apex) -> int:
-    """The raw panels of N (and of P where diagonals change it) that are kept beside the effective weights."""
-    total = 0
+@dataclass
+class Held:
+    """Bytes of a run's tensors, counted as if nothing were sharded, and what they are counted by."""
+
+    layers: int
+    vocabulary: int
+    trainable: int
+    """Parameters, operators included."""
+    operator_parameters: int
+    element: int
+    """Of one weight."""
+    weights: int
+    """Operators and slices not among them."""
+    in_layers: int
+    """Those of the decoder layers."""
+    layer: int
+    """Those of the largest layer."""
+    biases: int
+    """Those that fsdp2 leaves whole: of mixed rows."""
+    operators: int
+    slices: int
+    raw: int
+    """Raw panels of N, and of P where diagonals change it, kept beside the effective weights."""
+    panel: int
+    """The largest of them, in the operators' dtype."""
+    gradients: int
+    """Of everything that trains, operators included."""
+    pulled: int
+    """Those of operators that every process computes from the averaged gradients of weights."""
+    largest: int
+    """The largest tensor that trains."""
+    embedding: int
+    """The embedding, if it trains."""
+    head: int
+    """The LM head, if it trains."""
+
+    @property
+    def outside(self) -> int:
+        """Weights of embedding, last norm and LM head."""
+        return self.weights - self.in_layers
+
+
+def held_bytes(model: PreTrainedModel, apex: Apex | None) -> Held:
+    """Of `model` with `apex` on it, or of one that trains plainly."""
+    path, layers = decoder_layers(model)
+    own = {n: p for n, p in model.named_parameters() if not n.startswith("apex.")}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    embedding: Any = model.get_input_embeddings()
+    ties = apex.ties if apex is not None else []
+    mixed = {piece.name for tie in ties for piece in tie.pieces}
+    panels = _panels(apex) if apex is not None else []
+    weights, operators = weight_bytes(model), sum(map(weight_bytes, ties))
+    return Held(
+        layers=len(layers),
+        vocabulary=int(embedding.weight.shape[0]),
+        trainable=apex.budget.trainable if apex is not None else sum(p.numel() for p in trained),
+        operator_parameters=apex.operator_parameters if apex is not None else 0,
+        element=next(iter(own.values())).element_size(),
+        weights=sum(p.nbytes for p in own.values()),
+        in_layers=sum(p.nbytes for n, p in own.items() if n.startswith(f"{path}.")),
+        layer=max(map(weight_bytes, layers)),
+        biases=sum(own[n].nbytes for n in mixed if n.endswith(".bias")),
+        operators=operators,
+        slices=weights - operators - sum(p.nbytes for p in own.values()),
+        raw=sum(kept for kept, _ in panels),
+        panel=max((wide for _, wide in panels), default=0),
+        gradients=sum(p.nbytes for p in trained),
+        pulled=sum(weight_bytes(tie) for tie in ties if not tie.by_tokens),
+        largest=max((p.nbytes for p in trained), default=0),
+        embedding=_trained_bytes(embedding),
+        head=_trained_bytes(model.get_output_embeddings()),
+    )
+
+
+def _trained_bytes(module: nn.Module | None) -> int:
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad) if module is not None else 0
+
+
+def _panels(apex: Apex) -> list[tuple[int, int]]:
+    """Of each tensor that is mixed: bytes of its raw panels, and of one panel in the operators' dtype."""
+    found = []
     for tie in apex.ties:
         for piece in tie.pieces:
             weight = apex.model.get_parameter(piece.name)
             panels = 1 if tie.scale_of(piece)[1] is None else 2
             other = weight.shape[1 - piece.dim] if weight.dim() == 2 else 1
-            total += panels * tie.k * piece.matrix.slots * other * weight.element_size()
-    return total
+            values = tie.k * piece.matrix.slots * other
+            kept = tie.dtype.itemsize if apex.slices is not None else weight.element_size()
+            found.append((panels * values * kept, values * tie.dtype.itemsize))
+    return found
 
 
 def weight_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(p.nbytes for p in model.parameters())
+
+
+def sent_bytes(held: Held, layout: Layout, *, bf16: bool, micro_batches: int) -> dict[str, int]:
+    """What each process sends in an optimizer step, by what it is for; as in a ring: (n - 1) / n of a tensor that is
+    gathered or scattered, twice that where it is summed for all. A few bytes (loss, norm) left out."""
+    part = (layout.processes - 1) / layout.processes
+    if layout.strategy == "ddp":
+        by_tokens = held.operators - held.pulled
+        return {
+            "gradients averaged": round(2 * part * (held.gradients - held.operators)),
+            "of operators": round(2 * part * by_tokens),
+        }
+    if layout.strategy == "fsdp2":
+        sharded = held.weights - held.biases
+        gathered = (sharded + held.in_layers - held.biases) * gathered_share(held, bf16)
+        return {
+            "weights gathered": round(part * micro_batches * gathered),
+            "gradients scattered": round(part * micro_batches * sharded * reduced_share(held, bf16)),
+            "biases' gradients": round(2 * part * held.biases),
+            "of operators": round(2 * part * held.operators),
+        }
+    return {}
+
+
+def gathered_share(held: Held, bf16: bool) -> float:
+    """Bytes of a weight as fsdp2 gathers it, of those it is held in."""
+    return torch.bfloat16.itemsize / held.element if bf16 else 1.0
+
+
+def reduced_share(held: Held, bf16: bool) -> float:
+    """Bytes of a weight's gradient as fsdp2 sums it, of those the weight is held in."""
+    return torch.float32.itemsize / held.element if bf16 else 1.0
 
 
 def trained_in_layers(apex: Apex, layers: int) -> int:

@@ -5,103 +5,119 @@ of a scaled-down copy of the run that is timed for a few seconds (probe.py), sca
 """
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
-import torch
 from transformers import PreTrainedModel
 
-from graftlm.anatomy import decoder_layers
 from graftlm.apex import Apex
+from graftlm.reporting.figures import size
 from graftlm.training import costs
 from graftlm.training.config import RunConfig
-from graftlm.training.probe import Probe, layers_to_copy, measure, run_device
+from graftlm.training.layout import Layout, layout_of, run_device
+from graftlm.training.memory import peak_memory, peaks_with, process_memory
+from graftlm.training.probe import Probe, layers_to_copy, measure
 
-FLOAT32 = 4
+SECONDS = (
+    "estimated_seconds",
+    "estimated_step_seconds",
+    "estimated_assessment_seconds",
+    "estimated_evaluation_seconds",
+    "estimated_wall_seconds",
+)
+"""What an estimate says of time."""
 
 
 @dataclass
 class Counted:
     """What is known of a run from shapes alone."""
 
-    layers: int
-    vocabulary: int
     total: int
-    trainable: int
-    operators: int
+    held: costs.Held
     effective_k: dict[str, float]
     notes: list[str]
     in_layers: costs.TokenFlops
     in_head: costs.TokenFlops
     probed: costs.TokenFlops
     """As `in_layers`, in rows as long as the probe's; filled in once they are known."""
-    operator_flops: int
-    weight_bytes: int
-    """Operators and slices not among them."""
-    added_bytes: int
-    """Operators, slices, raw panels."""
-    gradient_bytes: int
-    largest_bytes: int
-    """The largest tensor that trains."""
-    embedding_bytes: int
-    """The embedding, if it trains."""
+    operator_flops: tuple[int, int]
+    """Of an optimizer step and of a micro-batch, whatever its tokens."""
     starts: list[int | None]
     """Step at which each stage begins."""
 
 
 def estimate(
-    config: RunConfig, model: PreTrainedModel, blocks: int | None, *, tokens: int | None = None
+    config: RunConfig,
+    model: PreTrainedModel,
+    blocks: int | None,
+    *,
+    tokens: int | None = None,
+    gpus: int | None = None,
 ) -> dict[str, Any]:
     """Estimate a run of `config` on `model` (which is left as it was) in a few seconds.
 
-    `blocks`, `tokens`: sequences and tokens of an epoch; None where they are not known. Returns JSON values; seconds
-    are those of training as summary.json counts them (evaluation apart). Raises UserError for what `train` refuses.
+    `blocks`, `tokens`: sequences and tokens of an epoch; None where they are not known. `gpus`: plan for so many,
+    there or not; None: for this machine, and as many processes as a launcher started. Returns JSON values; memory and
+    bytes sent are those of one process, seconds those of training as summary.json counts them (evaluation and
+    communication apart), None where there is no GPU to measure a plan for GPUs on. Raises UserError for what `train`
+    refuses.
     """
+    layout = layout_of(config, model, gpus)
     length = config.max_length
     if tokens and blocks and not config.packing:
         length = max(1, round(tokens / blocks))
     rows = config.per_device_train_batch_size
-    epoch_steps = steps_per_epoch(config, blocks)
+    epoch_steps = steps_per_epoch(config, blocks, layout.processes)
     steps = _steps(config, epoch_steps)
-    per_step = rows * config.gradient_accumulation_steps * _processes()
-    process_bytes = _process_bytes(model)
+    per_step = rows * config.gradient_accumulation_steps * layout.processes
+    process_bytes = process_memory(model)
     copied = layers_to_copy(model)
     with _apex_on(config, model, steps) as apex:
         counted = _count(config, model, apex, length, epoch_steps, per_step * length)
         trained = costs.trained_in_layers(apex, copied) if apex is not None else 0
-    probe = measure(config, model, rows=rows, length=length, layers=copied, trained=trained)
+    probe = measure(config, model, rows=rows, length=length, layers=copied, trained=trained, timed=not layout.assumed)
     if probe.length < length:
         with _apex_on(config, model, steps) as apex:
             counted.probed = costs.token_flops(model, apex, probe.length)[0]
-    memory = _memory(config, counted, probe, rows * length, process_bytes)
-    flops = _flops(config, counted, per_step * length)
+    held = counted.held
+    memory = peak_memory(config, held, probe, layout, rows * length, process_bytes)
+    flops = _flops(config, counted, per_step * length, layout)
     return {
+        "layout": asdict(layout),
         "steps": steps,
+        "steps_per_epoch": epoch_steps,
         "tokens_per_step": per_step * length,
         "total_parameters": counted.total,
-        "trainable_parameters": counted.trainable,
-        "trainable_fraction": counted.trainable / counted.total,
-        "operator_parameters": counted.operators,
+        "trainable_parameters": held.trainable,
+        "trainable_fraction": held.trainable / counted.total,
+        "operator_parameters": held.operator_parameters,
         "effective_k": counted.effective_k,
         "stage_starts": counted.starts,
         "flops_per_step": sum(v for k, v in flops.items() if k != "recomputed"),
         "flops": flops,
-        "flops_formula": costs.FORMULA if counted.trainable >= counted.total else costs.FORMULA_PARTLY,
-        **_seconds(config, counted, probe, rows * length, steps, blocks),
+        "flops_formula": costs.FORMULA if held.trainable >= counted.total else costs.FORMULA_PARTLY,
+        **_seconds(config, counted, probe, layout, steps, blocks, rows * length),
         "estimated_peak_memory_bytes": memory["peak"],
         "memory": memory["parts"],
         "memory_peak_at": memory["at"],
-        "measured_on": (
-            f"{probe.layers} of {counted.layers} layers, {probe.vocabulary:,} of {counted.vocabulary:,} rows of the LM "
-            f"head, {probe.rows} x {probe.length} tokens, whole steps on {run_device(model).type}, the fastest of a few"
+        "peak_memory_with": peaks_with(config, held, probe, layout, rows * length, process_bytes),
+        "sent_bytes_per_step": costs.sent_bytes(
+            held, layout, bf16=config.bf16, micro_batches=config.gradient_accumulation_steps
         ),
+        "measured_on": _measured_on(held, probe, run_device(model).type),
         "notes": counted.notes,
     }
+
+
+def _measured_on(held: costs.Held, probe: Probe, device: str) -> str:
+    width = f" at 1/{probe.narrowing} of the width" if probe.narrowing > 1 else ""
+    timed = ", whole steps, the fastest of a few" if probe.forward_layers else ""
+    return (
+        f"{probe.layers} of {held.layers} layers{width}, {probe.vocabulary:,} of {held.vocabulary:,} rows of the LM "
+        f"head, {probe.rows} x {probe.length} tokens on {device}{timed}"
+    )
 
 
 def compare_plan(planned: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
@@ -117,15 +133,11 @@ def compare_plan(planned: dict[str, Any], summary: dict[str, Any]) -> dict[str, 
 # -- how long ---------------------------------------------------------------------------------------------------------
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def steps_per_epoch(config: RunConfig, blocks: int | None) -> int | None:
+def steps_per_epoch(config: RunConfig, blocks: int | None, processes: int) -> int | None:
     """Optimizer steps of a pass over `blocks` sequences, the last one partial, as Trainer counts them."""
     if blocks is None:
         return None
-    batches = math.ceil(blocks / (config.per_device_train_batch_size * _processes()))
+    batches = math.ceil(blocks / (config.per_device_train_batch_size * processes))
     return max(1, math.ceil(batches / config.gradient_accumulation_steps))
 
 
@@ -146,30 +158,40 @@ def evaluations(config: RunConfig, steps: int) -> int:
 
 
 def _seconds(
-    config: RunConfig, counted: Counted, probe: Probe, tokens: int, steps: int | None, blocks: int | None
+    config: RunConfig,
+    counted: Counted,
+    probe: Probe,
+    layout: Layout,
+    steps: int | None,
+    blocks: int | None,
+    tokens: int,
 ) -> dict[str, Any]:
     """`tokens`: of a micro-batch. Scaling: layers by number and operations, the LM head by rows, updates by parameters.
 
-    Not in it: reading the data, logging, and whatever else runs on the machine by then.
+    Not in it: reading the data, communication, logging, and whatever else runs on the machine by then.
     """
+    if layout.assumed:
+        return dict.fromkeys(SECONDS)
+    held = counted.held
     passes = tokens / (probe.rows * probe.length)
-    deep = passes * counted.layers / probe.layers * counted.in_layers.total / counted.probed.total
-    head = passes * counted.vocabulary / probe.vocabulary
+    deep = passes * held.layers / probe.layers * counted.in_layers.total / counted.probed.total
+    head = passes * held.vocabulary / probe.vocabulary
     forward = deep * probe.forward_layers + head * probe.forward_rest
     backward = deep * probe.backward_layers + head * probe.backward_rest
     if config.gradient_checkpointing:
         backward += deep * probe.forward_layers
-    update = probe.update * counted.trainable / probe.trained + probe.expansion * counted.layers / probe.layers
+    update = probe.update * held.trainable / probe.trained + probe.expansion * held.layers / probe.layers
     step = config.gradient_accumulation_steps * (forward + backward) + update
     sequence = forward / config.per_device_train_batch_size
     samples = min(config.apex.assess_samples, blocks or config.apex.assess_samples)
     assesses = config.method == "apex" and config.apex.assessment != "random"
-    assessment = samples * sequence if assesses else 0.0
-    stages = len(counted.starts) * probe.stage * counted.layers / probe.layers
+    # Processes divide sequences that are only looked at between them.
+    assessment = samples * sequence / layout.processes if assesses else 0.0
+    stages = len(counted.starts) * probe.stage * held.layers / probe.layers
     evaluated = config.eval_max_blocks if config.eval_data or config.eval_fraction else 0
-    evaluation = None if steps is None else evaluations(config, steps) * evaluated * sequence
+    evaluation = None if steps is None else evaluations(config, steps) * evaluated * sequence / layout.processes
     # The distributions of activations before and after; an assessment before training gives the first one for nothing.
-    watching = (1 if assesses else 2) * samples * sequence
+    watching = (1 if assesses else 2) * samples * sequence / layout.processes
     total = None if steps is None else steps * step + assessment + stages
     return {
         "estimated_seconds": None if total is None else round(total, 3),
@@ -210,29 +232,18 @@ def _count(
 ) -> Counted:
     in_layers, in_head = costs.token_flops(model, apex, length)
     own = {n: p for n, p in model.named_parameters() if not n.startswith("apex.")}
-    trained = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
-    embedding: Any = model.get_input_embeddings()
-    weights = sum(p.numel() * p.element_size() for p in own.values())
     notes = list(apex.notes) if apex is not None else []
     if any(p.dim() == 3 for p in own.values()):
         notes.append("weights outside nn.Linear (stacked experts) are not in the FLOPs")
     return Counted(
-        layers=len(decoder_layers(model)[1]),
-        vocabulary=int(embedding.weight.shape[0]),
         total=sum(p.numel() for p in own.values()),
-        trainable=apex.budget.trainable if apex else sum(p.numel() for p in own.values() if p.requires_grad),
-        operators=apex.operator_parameters if apex else 0,
+        held=costs.held_bytes(model, apex),
         effective_k=apex.effective_k if apex else {},
         notes=notes,
         in_layers=in_layers,
         in_head=in_head,
         probed=in_layers,
-        operator_flops=costs.step_flops(apex) if apex else 0,
-        weight_bytes=weights,
-        added_bytes=costs.weight_bytes(model) - weights + (costs.raw_bytes(apex) if apex else 0),
-        gradient_bytes=sum(trained),
-        largest_bytes=max(trained, default=0),
-        embedding_bytes=embedding.weight.nbytes if embedding.weight.requires_grad else 0,
+        operator_flops=(costs.step_flops(apex) if apex else 0, costs.pass_flops(apex)),
         starts=_stage_starts(apex, epoch_steps, tokens_per_step) if apex else [],
     )
 
@@ -246,75 +257,27 @@ def _stage_starts(apex: Apex, epoch_steps: int | None, tokens_per_step: int) -> 
     return [None if unit is None else rounded(stage * length * unit) for stage in range(apex.config.stages)]
 
 
-def _flops(config: RunConfig, counted: Counted, tokens: int) -> dict[str, float]:
-    """Of one optimizer step; recomputation apart, since it is no work that the model needs (MFU leaves it out)."""
+def _flops(config: RunConfig, counted: Counted, tokens: int, layout: Layout) -> dict[str, float]:
+    """Of one optimizer step of all processes; recomputation apart, since it is no work that the model needs (MFU leaves
+    it out)."""
+    step, a_pass = counted.operator_flops
     return {
         "forward": tokens * (counted.in_layers.forward + counted.in_head.forward),
         "backward": tokens * (counted.in_layers.backward + counted.in_head.backward),
-        "operators": counted.operator_flops,
+        "operators": step * layout.processes / layout.shards  # shards divide it, ddp repeats it
+        + a_pass * layout.processes * config.gradient_accumulation_steps,
         "recomputed": tokens * counted.in_layers.forward if config.gradient_checkpointing else 0,
     }
 
 
-def _memory(config: RunConfig, counted: Counted, probe: Probe, tokens: int, process_bytes: int) -> dict[str, Any]:
-    """Bytes at the fullest moment, and the parts of it. `tokens`: of a micro-batch.
-
-    Bytes that are alive: what malloc keeps between pieces of memory (on a CPU some tenths of the activations, less with
-    a small MALLOC_MMAP_THRESHOLD_) is not in it.
-    """
-    passes = tokens / (probe.rows * probe.length)
-    rows = counted.vocabulary / probe.vocabulary
-    deep = counted.layers / probe.layers
-    logits = tokens * counted.vocabulary * FLOAT32
-    layers = passes * deep * probe.saved_layers
-    if config.gradient_checkpointing:
-        layers = passes * (counted.layers * probe.hidden + probe.saved_layers / probe.layers)
-    copies = deep * probe.copied_layers + rows * probe.copied_head
-    saved = layers + passes * (probe.saved_rest + rows * probe.saved_logits) + copies
-    state = probe.state_bytes * counted.trainable / probe.trained
-    held = counted.gradient_bytes if config.gradient_accumulation_steps > 1 else 0
-    saves = config.save_steps or (config.method == "apex" and config.apex.stages > 1)
-    evaluated = config.per_device_eval_batch_size * config.max_length * counted.vocabulary * FLOAT32
-    evaluated = evaluated if config.eval_data or config.eval_fraction else 0
-    # Besides weights and optimizer state. The loss's backward pass holds two more tables of the logits' size: its own
-    # gradient and the logits'. A tied embedding's two gradients are added up at the end.
-    moments: dict[str, dict[str, float]] = {
-        "the loss's backward pass": {"gradients": held, "activations": saved, "logits": 2 * logits},
-        "the end of the backward pass": {
-            "gradients": counted.gradient_bytes + counted.embedding_bytes,
-            "activations": saved / counted.layers,
-        },
-        "the optimizer step": {"gradients": counted.gradient_bytes, "optimizer": 2 * counted.largest_bytes},
-        "evaluation": {"logits": 3 * evaluated},
-        "saving a checkpoint": {"copies": state if saves else 0},
-    }
-    at = max(moments, key=lambda name: sum(moments[name].values()))
-    parts: dict[str, float] = {
-        "process": process_bytes,
-        "weights": counted.weight_bytes,
-        "operators, slices, raw panels": counted.added_bytes,
-        "optimizer state": state,
-        **moments[at],
-    }
-    return {"peak": round(sum(parts.values())), "parts": {k: round(v) for k, v in parts.items() if v}, "at": at}
-
-
-def _process_bytes(model: PreTrainedModel) -> int:
-    """Memory of this process besides the model's weights: interpreter and libraries. On a GPU none of it counts."""
-    if run_device(model).type != "cpu":
-        return 0
-    if next(model.parameters()).is_meta:
-        return psutil.Process().memory_info().rss
-    for parameter in model.parameters():
-        parameter.detach().view(-1)[:: 4096 // parameter.element_size()].sum()  # weights may not be read from disk yet
-    return max(0, psutil.Process().memory_info().rss - costs.weight_bytes(model))
-
-
-def machine_memory(device: torch.device) -> int:
-    """Bytes that a run may use: of the GPU, else of the machine or of the container around it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    total = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(total, int(text)) if text.isdigit() else total
+def remedies(planned: dict[str, Any] | None) -> str:
+    """What to change where memory does not suffice, with the plan's numbers where there is one; to follow a clause."""
+    general = (
+        "lower per_device_train_batch_size (raise gradient_accumulation_steps instead), or set gradient_checkpointing"
+    )
+    if planned is None:
+        return f"; {general}: true"
+    peak = planned["estimated_peak_memory_bytes"]
+    better = {k: v for k, v in sorted(planned["peak_memory_with"].items(), key=lambda item: item[1]) if v < peak}
+    offers = ", ".join(f"about {size(value)} with {setting}" for setting, value in better.items())
+    return f"; the plan expects {size(peak)} as it is" + (f", {offers}" if offers else f"; {general}: true")

@@ -13,10 +13,11 @@ from graftlm.files import plain_disk_errors
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl."""
+    """Appends to metrics.jsonl; with `write` off (in all but one process of a run) leaves it alone."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, write: bool = True):
         self.path = path
+        self._write = write
 
     @property
     def size(self) -> int:
@@ -25,11 +26,15 @@ class MetricsLog:
 
     def rewind(self, size: int) -> None:
         """Cut off what was written after the first `size` bytes: a run goes on from there, and will write it again."""
+        if not self._write:
+            return
         with plain_disk_errors(self.path), self.path.open("ab") as file:
             file.truncate(min(size, self.size))
 
     def write(self, **values: Any) -> None:
         """Append one line. Numbers that JSON has no word for (NaN) become null."""
+        if not self._write:
+            return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with plain_disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")

@@ -1,5 +1,6 @@
 """`graftlm plan`: the estimates of a run as a person reads them."""
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -9,15 +10,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from graftlm.errors import UserError
 from graftlm.models import PACKAGED, TINY, load_model, load_tokenizer, quiet_transformers
 from graftlm.reporting import figures
+from graftlm.training.arguments import check_optimizer
 from graftlm.training.config import RunConfig
 from graftlm.training.control import control_config
 from graftlm.training.data import prepare_data
-from graftlm.training.estimates import compare_plan, estimate, machine_memory
-from graftlm.training.probe import run_device
+from graftlm.training.estimates import compare_plan, estimate, remedies
+from graftlm.training.layout import run_device
+from graftlm.training.memory import machine_memory
 
 __all__ = ["compare_plan", "estimate", "plan"]
 
@@ -50,10 +54,8 @@ def count_sequences(config: RunConfig) -> tuple[int | None, int | None, str]:
     if config.max_steps > 0:
         return None, None, "not needed: max_steps is set"
     sizes = [_bytes_of(Path(source.path), source.pattern) for source in config.data]
-    if None not in sizes and sum(filter(None, sizes)) <= PREPARED_AT_MOST:
-        tokenizer = load_tokenizer(
-            config.model, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code
-        )
+    small = None not in sizes and sum(filter(None, sizes)) <= PREPARED_AT_MOST
+    if small and (tokenizer := _tokenizer(config)) is not None:
         found = prepare_data(config, tokenizer).statistics
         return found.blocks, found.tokens, "counted (and kept in the cache)"
     if None in sizes:
@@ -63,6 +65,16 @@ def count_sequences(config: RunConfig) -> tuple[int | None, int | None, str]:
     return max(1, tokens // config.max_length), tokens, said
 
 
+def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase | None:
+    """None where `model` is a folder with nothing but a config.json, which is enough for a plan."""
+    folder = Path(config.model).expanduser()
+    if folder.is_dir() and {file.suffix for file in folder.iterdir()} <= {".json"}:
+        with contextlib.suppress(UserError):
+            return load_tokenizer(config.model, chat_template=config.chat_template)
+        return None
+    return load_tokenizer(config.model, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code)
+
+
 def _bytes_of(path: Path, pattern: str) -> int | None:
     path = path.expanduser()
     if path.is_dir():
@@ -70,23 +82,28 @@ def _bytes_of(path: Path, pattern: str) -> int | None:
     return os.path.getsize(path) if path.is_file() else None
 
 
-def plan(config: RunConfig, *, console: Console | None = None) -> dict[str, Any]:
+def plan(config: RunConfig, *, gpus: int | None = None, console: Console | None = None) -> dict[str, Any]:
     """Print what a run of `config` trains, computes, needs and takes, without training; returns the estimate.
 
-    With a control, `control` in it is the control's. Raises UserError for what `train` would refuse.
+    `gpus`: plan for so many, there or not; None: for this machine and the launcher's processes. With a control,
+    `control` in it is the control's. Raises UserError for what `train` would refuse.
     """
-    console = console or Console()
+    console = console or Console(quiet=os.environ.get("RANK", "0") != "0")
+    check_optimizer(config)
     model = load_skeleton(config)
     blocks, tokens, said = count_sequences(config)
-    planned = estimate(config, model, blocks, tokens=tokens)
+    planned = estimate(config, model, blocks, tokens=tokens, gpus=gpus)
     if config.control:
         starts = [start or 0 for start in planned["stage_starts"]]
         control = dataclasses.replace(control_config(config, starts), output_dir=config.output_dir)
-        planned["control"] = estimate(control, model, blocks, tokens=tokens)
+        planned["control"] = estimate(control, model, blocks, tokens=tokens, gpus=gpus)
     console.print(_table(config, model, planned, blocks, said))
     console.print(Text(f"FLOPs: {planned['flops_formula']}", style="dim"))
-    console.print(Text(f"time and activations: measured on {planned['measured_on']}; scaled up", style="dim"))
-    console.print(Text("memory: what is alive at that moment; on a CPU malloc may hold on to more", style="dim"))
+    for line in _assumptions(config, planned):
+        console.print(Text(line, style="dim"))
+    better = sorted(planned["peak_memory_with"].items(), key=lambda item: item[1])
+    if offers := [f"{figures.size(v)} with {k}" for k, v in better if v < planned["estimated_peak_memory_bytes"]]:
+        console.print(Text(f"less memory: {', '.join(offers)}", style="dim"))
     for line in _warnings(model, planned):
         console.print(Text(line, style="bold red"))
     for note in planned["notes"]:
@@ -95,11 +112,13 @@ def plan(config: RunConfig, *, console: Console | None = None) -> dict[str, Any]
 
 
 def _table(config: RunConfig, model: PreTrainedModel, planned: dict[str, Any], blocks: int | None, said: str) -> Table:
-    table = Table(show_header=False, title=f"plan: {figures.method_name(config.method)}", title_style="bold")
+    spread = planned["layout"]
+    units = "" if _alone(planned) else f" on {_units(planned, spread['processes'])} ({spread['strategy']})"
+    table = Table(show_header=False, title=f"plan: {figures.method_name(config.method)}{units}", title_style="bold")
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("", style="dim")
-    count, size, duration = figures.count, figures.size, figures.duration
+    count, size = figures.count, figures.size
     table.add_row("model", config.model, f"{type(model).__name__}, weights in {config.dtype}")
     table.add_row("parameters", count(planned["total_parameters"]), "")
     table.add_row(
@@ -113,14 +132,75 @@ def _table(config: RunConfig, model: PreTrainedModel, planned: dict[str, Any], b
             table.add_row(f"K of {kind}", f"{share:.2%}", "in P, and as many in N")
     table.add_section()
     table.add_row("sequences an epoch", figures.integer(blocks), said)
+    if spread["processes"] > 1:
+        table.add_row("steps an epoch", figures.integer(planned["steps_per_epoch"]), "of all together")
     table.add_row("steps", figures.integer(planned["steps"]), "")
-    table.add_row("tokens a step", figures.integer(planned["tokens_per_step"]), "padding counted")
+    shared = "" if _alone(planned) else f", {figures.integer(planned['tokens_per_step'] / spread['processes'])} each"
+    table.add_row("tokens a step", figures.integer(planned["tokens_per_step"]), f"padding counted{shared}")
     if config.method == "apex":
         starts = ", ".join("?" if start is None else f"{start:,}" for start in planned["stage_starts"])
         table.add_row("stages", str(len(planned["stage_starts"])), f"beginning at step {starts}")
     table.add_section()
     _add_flops(table, planned)
     table.add_section()
+    _add_times(table, planned)
+    table.add_section()
+    table.add_row("peak memory", size(planned["estimated_peak_memory_bytes"]), _peak_of(planned))
+    for name, value in planned["memory"].items():
+        table.add_row(f"  {name}", size(value), "")
+    if control := planned.get("control"):
+        table.add_row("  of the control", size(control["estimated_peak_memory_bytes"]), "in a process of its own")
+    if sent := {name: value for name, value in planned["sent_bytes_per_step"].items() if value}:
+        total = sum(sent.values())
+        table.add_section()
+        table.add_row("sent a step", size(total), f"by each {_units(planned, 1)}")
+        for name, value in sent.items():
+            table.add_row(f"  {name}", size(value), figures.small_share(value / total))
+    return table
+
+
+def _alone(planned: dict[str, Any]) -> bool:
+    return planned["layout"]["processes"] == 1 and not planned["layout"]["assumed"]
+
+
+def _units(planned: dict[str, Any], count: int) -> str:
+    unit = "GPU" if planned["layout"]["device"] == "cuda" else "process"
+    return unit if count == 1 else f"{count} {unit}{'s' if unit == 'GPU' else 'es'}"
+
+
+def _peak_of(planned: dict[str, Any]) -> str:
+    return ("" if _alone(planned) else f"of each {_units(planned, 1)}, ") + f"in {planned['memory_peak_at']}"
+
+
+def _assumptions(config: RunConfig, planned: dict[str, Any]) -> list[str]:
+    """What the figures rest on, in short."""
+    spread = planned["layout"]
+    what = "activations" if spread["assumed"] else "time and activations"
+    lines = [f"{what}: measured on {planned['measured_on']}; scaled up"]
+    if spread["device"] != "cuda":
+        lines.append("memory: what is alive at that moment; on a CPU malloc may hold on to more")
+    else:
+        lines.append("memory: tensors; CUDA, NCCL and gaps between tensors take more (leave 10% and 2 GiB)")
+    if spread["assumed"]:
+        kind = "bfloat16" if config.bf16 or config.dtype == "bfloat16" else "float32 (bf16: true needs less)"
+        attention = config.attn_implementation or "sdpa"
+        lines.append(
+            f"no GPU here: a GPU is taken to keep for the backward pass what this CPU keeps, in {kind}, attention by "
+            f"{attention}" + (", without a table of T x T" if attention == "sdpa" else "") + "; time is not estimated"
+        )
+    if spread["processes"] > 1:
+        lines.append(
+            "sent: counted as in a ring, (n - 1) / n of what is gathered or scattered and twice that of what is summed "
+            "for all" + ("" if spread["assumed"] else "; not in the time")
+        )
+    return lines
+
+
+def _add_times(table: Table, planned: dict[str, Any]) -> None:
+    duration = figures.duration
+    if planned["layout"]["assumed"]:
+        table.add_row("time", figures.MISSING, "not known without a GPU")
+        return
     table.add_row("time a step", duration(planned["estimated_step_seconds"]), "measured, see below")
     table.add_row("assessment before", duration(planned["estimated_assessment_seconds"]), "")
     table.add_row("time of training", duration(planned["estimated_seconds"]), "steps and assessment")
@@ -129,13 +209,6 @@ def _table(config: RunConfig, model: PreTrainedModel, planned: dict[str, Any], b
         both = [planned["estimated_wall_seconds"], control["estimated_wall_seconds"]]
         table.add_row("control", duration(control["estimated_wall_seconds"]), "plain training, the same tokens")
         table.add_row("together", duration(None if None in both else sum(both)), "")
-    table.add_section()
-    table.add_row("peak memory", size(planned["estimated_peak_memory_bytes"]), f"in {planned['memory_peak_at']}")
-    for name, value in planned["memory"].items():
-        table.add_row(f"  {name}", size(value), "")
-    if control:
-        table.add_row("  of the control", size(control["estimated_peak_memory_bytes"]), "in a process of its own")
-    return table
 
 
 def _add_flops(table: Table, planned: dict[str, Any]) -> None:
@@ -144,8 +217,11 @@ def _add_flops(table: Table, planned: dict[str, Any]) -> None:
     table.add_row("  operators", _scaled(flops["operators"]), f"{flops['operators'] / planned['flops_per_step']:.2%}")
     if flops["recomputed"]:
         table.add_row("  recomputed", _scaled(flops["recomputed"]), "gradient checkpointing; not in the sum")
-    rate = planned["flops_per_step"] / planned["estimated_step_seconds"]
-    table.add_row("  a second", _scaled(rate), "what the estimate of time comes to")
+    if seconds := planned["estimated_step_seconds"]:
+        processes = planned["layout"]["processes"]
+        rate = planned["flops_per_step"] / seconds / processes
+        each = "" if processes == 1 else f", each {_units(planned, 1)}"
+        table.add_row("  a second", _scaled(rate), f"what the estimate of time comes to{each}")
 
 
 def _scaled(value: float) -> str:
@@ -156,13 +232,13 @@ def _scaled(value: float) -> str:
 
 
 def _warnings(model: PreTrainedModel, planned: dict[str, Any]) -> list[str]:
+    if planned["layout"]["assumed"]:
+        return []
     there = machine_memory(run_device(model))
+    if planned["layout"]["device"] == "cpu":
+        there //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return [
-        f"{what} does not fit: it needs about {figures.size(needed)}, this machine has {figures.size(there)}; lower "
-        "per_device_train_batch_size (raise gradient_accumulation_steps instead), or set gradient_checkpointing: true"
-        for what, needed in (
-            ("the run", planned["estimated_peak_memory_bytes"]),
-            ("the control", planned.get("control", {}).get("estimated_peak_memory_bytes", 0)),
-        )
-        if needed > there
+        f"{what} does not fit: this machine has {figures.size(there)}{remedies(estimated)}"
+        for what, estimated in (("the run", planned), ("the control", planned.get("control")))
+        if estimated and estimated["estimated_peak_memory_bytes"] > there
     ]

@@ -18,13 +18,19 @@ from transformers import PreTrainedModel, Trainer
 
 from graftlm.anatomy import decoder_layers
 from graftlm.apex import Apex
-from graftlm.training.arguments import training_arguments
+from graftlm.training.arguments import fuse_loss, training_arguments
 from graftlm.training.config import RunConfig
+from graftlm.training.layout import run_device
 
 LAYERS = 2
 """Layers of the copy: more would be no more exact, since each layer is timed where it runs, not by a difference."""
 LARGE_LAYER = 2**25
 """Weights of a layer above which the copy has only one."""
+HUGE_LAYER = 2**27
+"""Weights of a layer above which the copy's is narrower, unless a GPU holds it: with gradients, optimizer state and
+copies in bfloat16 a weight takes some 20 bytes."""
+WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+"""What transformers' configs call the widths of a layer."""
 EMBEDDING = 2**23
 """Weights that the copy's part of the embedding has at most: the vocabulary may be most of a model."""
 PASS_SECONDS = 1.5
@@ -43,6 +49,8 @@ class Probe:
     vocabulary: int
     rows: int
     length: int
+    narrowing: int = 1
+    """Width of the model over that of the copy; every other figure is scaled up to the model's width already."""
     forward_layers: float = 0.0
     forward_rest: float = 0.0
     backward_layers: float = 0.0
@@ -62,26 +70,44 @@ class Probe:
     copied_layers: int = 0
     """Copies of weights that autocast makes and autograd saves: these do not grow with the micro-batch."""
     copied_head: int = 0
+    """Likewise of the LM head; with a fused loss its gradient too."""
     saved_rest: int = 0
     saved_logits: int = 0
     """Likewise, outside the layers: what has a column for each token of the vocabulary."""
     hidden: int = 0
     """One layer's input."""
-    logits: int = 0
-
-
-def run_device(model: nn.Module) -> torch.device:
-    """Where training will run: Trainer's choice, so far as it can be known beforehand."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    device = next(model.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
+    fused_loss: bool = False
+    """Whether logits exist only some tokens at a time."""
 
 
 def layers_to_copy(model: PreTrainedModel) -> int:
     """How many layers a copy of `model` has."""
     layers = decoder_layers(model)[1]
     return min(len(layers), LAYERS if sum(p.numel() for p in layers[0].parameters()) <= LARGE_LAYER else 1)
+
+
+def narrow(model: PreTrainedModel, at_most: int) -> tuple[PreTrainedModel, int]:
+    """A model without weights (on the meta device) of `model`'s kind whose layers have at most `at_most` weights, and
+    how many times narrower it is: fewer heads of the same size (at least two groups of them, so that there can be
+    strong and weak ones), fewer channels. `model` itself where it is so already.
+    """
+    text: Any = model.config.get_text_config()
+    weights = sum(p.numel() for p in decoder_layers(model)[1][0].parameters())
+    widths = {name: getattr(text, name, None) or 1 for name in WIDTHS}
+    times = 1
+    while weights > at_most * times**2 and all(width % (4 * times) == 0 for width in widths.values()):
+        times *= 2
+    if times == 1:
+        return model, 1
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    for name, width in widths.items():
+        setattr(text, name, width // times)
+    attention = model.config._attn_implementation
+    with torch.device("meta"):
+        made: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype, attn_implementation=attention)
+    return made, times
 
 
 def cut(model: PreTrainedModel, layers: int, vocabulary: int) -> PreTrainedModel:
@@ -110,6 +136,13 @@ def cut(model: PreTrainedModel, layers: int, vocabulary: int) -> PreTrainedModel
                 if tensor.is_floating_point():
                     tensor.normal_(std=0.02)
     return small
+
+
+NARROWED = {
+    "saved_layers": 1, "saved_rest": 1, "hidden": 1, "copied_head": 1, "copied_layers": 2,
+    "forward_layers": 2, "backward_layers": 2, "forward_rest": 1, "backward_rest": 1, "expansion": 2, "stage": 2,
+}  # fmt: skip
+"""What grows with the width, and with which power of it. Optimizer and its state go by the parameter."""
 
 
 class _Sections:
@@ -173,6 +206,7 @@ class _Run:
         small: Any = cut(model, probe.layers, probe.vocabulary)
         self.model: PreTrainedModel = small.to(device).train()
         self.apex: Apex | None = None
+        probe.fused_loss = fuse_loss(config, self.model) is not None
         if config.method == "apex":
             settings = dataclasses.replace(
                 config.apex, assessment="random", stages=1, stage_by="steps", stage_length=None,
@@ -184,6 +218,8 @@ class _Run:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         probe.trained = sum(p.numel() for p in self.parameters)
         self.optimizer: Any = make(self.parameters, **options)
+        self.gathered: dict[str, Tensor] = {}
+        """Under fsdp2, the weights in bfloat16 that it computes with: what it gathers, and autograd does not keep."""
         self.sections = _Sections(self.model, device)
         self.optimizer.register_step_post_hook(lambda *_: self.sections.mark("stepped"))
         if self.apex is not None:
@@ -207,11 +243,13 @@ class _Run:
             # Two documents a row: attention then takes the way that keeps them apart.
             inputs["position_ids"] = (torch.arange(length, device=self.device) % -(-length // 2)).expand(rows, -1)
         self.sections.mark("begin")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            output = self.model(**inputs, use_cache=False)
+        in_gathered = self.config.bf16 and self.config.distributed.strategy == "fsdp2"
+        if in_gathered:
+            self.gathered = {n: p.to(torch.bfloat16) for n, p in self.model.named_parameters() if "apex." not in n}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16 and not in_gathered):
+            output = torch.func.functional_call(self.model, self.gathered, (), inputs | {"use_cache": False})
             penalty = self.apex.penalty() if self.apex is not None else None
             loss = output.loss if penalty is None else output.loss + penalty
-        self.probe.logits = output.logits.numel() * output.logits.element_size()
         self.sections.mark("forward_end")
         loss.backward()
         self.sections.mark("end")
@@ -239,13 +277,20 @@ class _Run:
         own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
         seen = set(own)
         probe = self.probe
+
+        def is_gathered(storage: torch.UntypedStorage) -> bool:
+            return any(storage.data_ptr() == t.untyped_storage().data_ptr() for t in self.gathered.values())
+
+        head: Any = self.model.get_output_embeddings()
         shapes = {frozenset(m.weight.shape) for m in self.model.modules() if isinstance(m, nn.Linear)}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
+            if storage.data_ptr() not in seen and not is_gathered(storage):
                 seen.add(storage.data_ptr())
                 copied = self.config.bf16 and tensor.dim() == 2 and frozenset(tensor.shape) in shapes
+                # The LM head's gradient, which the fused loss has at once: it does not grow with the tokens either.
+                copied = copied or (probe.fused_loss and tensor.shape == head.weight.shape)
                 if copied and self.sections.inside:
                     probe.copied_layers += storage.nbytes()
                 elif copied:
@@ -265,17 +310,32 @@ class _Run:
         self.sections.close()
 
 
-def measure(config: RunConfig, model: PreTrainedModel, *, rows: int, length: int, layers: int, trained: int) -> Probe:
+def measure(
+    config: RunConfig,
+    model: PreTrainedModel,
+    *,
+    rows: int,
+    length: int,
+    layers: int,
+    trained: int,
+    timed: bool = True,
+    at_most: int = HUGE_LAYER,
+) -> Probe:
     """Run the copy for a few seconds.
 
     `rows`, `length`: a micro-batch of the run, in tokens; cut where it would take too long. `trained`: parameters of
-    operators and slices in the first `layers` layers (budgets below 100%).
+    operators and slices in the first `layers` layers (budgets below 100%). `timed`: False counts bytes only.
+    `at_most`: weights of a layer (HUGE_LAYER); a copy that has to be narrower has less width, and what it took is
+    scaled up: activations with the width, work and copies of weights with its square.
     """
+    device = run_device(model)
+    model, narrowing = (model, 1) if device.type == "cuda" else narrow(model, at_most)
+    trained //= narrowing**2
     embedding: Any = model.get_input_embeddings()
     vocabulary = min(embedding.weight.shape[0], max(1, EMBEDDING // embedding.weight.shape[1]))
-    probe = Probe(layers, vocabulary, rows, length)
+    probe = Probe(layers, vocabulary, rows, length, narrowing)
     with torch.random.fork_rng():
-        run = _Run(config, model, probe, trained, run_device(model))
+        run = _Run(config, model, probe, trained, device)
         try:
             short = min(length, WARM_UP_TOKENS)
             warm_up = [sum(run.forward_and_backward(1, short).values()) for _ in range(PASSES)]
@@ -286,6 +346,10 @@ def measure(config: RunConfig, model: PreTrainedModel, *, rows: int, length: int
                     probe.rows = probe.rows // 2
                 else:
                     probe.length = max(short, probe.length // 2)
+            # By their shapes, autocast's copies of weights are told from activations.
+            sizes = {size for m in run.model.modules() if isinstance(m, nn.Linear) for size in m.weight.shape}
+            while config.bf16 and probe.rows * probe.length in sizes:
+                probe.length -= 1
             with run.weighing():
                 run.forward_and_backward(probe.rows, probe.length)
             run.update()
@@ -293,19 +357,18 @@ def measure(config: RunConfig, model: PreTrainedModel, *, rows: int, length: int
             probe.state_bytes = _state_bytes(run.optimizer)
             begun = time.perf_counter()
             times: list[dict[str, float]] = []
-            while len(times) < PASSES and (not times or time.perf_counter() - begun < ENOUGH_SECONDS):
+            while timed and len(times) < PASSES and (not times or time.perf_counter() - begun < ENOUGH_SECONDS):
                 times.append(run.forward_and_backward(probe.rows, probe.length) | run.update())
-            for name in times[0]:
+            for name in times[0] if times else ():
                 setattr(probe, name, min(t[name] for t in times))
         finally:
             run.close()
+    for name, power in NARROWED.items():
+        setattr(probe, name, getattr(probe, name) * narrowing**power)
     return probe
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
+    """What parameters share (the code book of 8-bit states) counts once."""
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())

@@ -1,12 +1,15 @@
 """`graftlm train`: one run from a config to a folder that explains itself."""
 
+import contextlib
 import gc
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -21,75 +24,135 @@ from graftlm.models import check_vocabulary, load_model, load_tokenizer, save_mo
 from graftlm.reporting.card import model_card
 from graftlm.reporting.report import make_report
 from graftlm.reporting.table import print_summary
-from graftlm.training.arguments import training_arguments
+from graftlm.sharding import gathered_state, is_sharded, reshard, shard_model
+from graftlm.training import distributed
+from graftlm.training.arguments import check_optimizer, fuse_loss, training_arguments
+from graftlm.training.checkpoints import check_checkpoint, list_checkpoints
 from graftlm.training.config import RunConfig
 from graftlm.training.control import run_control
 from graftlm.training.data import PreparedData, prepare_data
+from graftlm.training.distributed import agree, is_main, on_main, sharing_errors, taking_turns
+from graftlm.training.estimates import remedies
 from graftlm.training.metrics import Display, MetricsLog
 from graftlm.training.plan import compare_plan, estimate
-from graftlm.training.run_trainer import RunTrainer, check_checkpoint, list_checkpoints
+from graftlm.training.run_trainer import RunTrainer
 
 # What may differ between a run and its --resume without changing a weight.
 FREE_ON_RESUME = {"control", "save_total_limit", "report_to", "logging_steps", "per_device_eval_batch_size"}
+# So may these, as long as a step has the same sequences and checkpoints the same form; the checkpoint says.
+FREE_ON_RESUME |= {"per_device_train_batch_size", "gradient_accumulation_steps", "distributed"}
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+"""What gloo says when a process is gone."""
 
 
 def train(config: RunConfig, *, resume: bool = False) -> Path:
     """Train as `config` says; returns the run folder. With `control`, plain training follows in a process of its own.
 
+    Under a launcher (torchrun) every process calls it, and the first one writes and talks.
     Raises UserError for anything a person can mend; what was finished before stays.
     """
+    distributed.join(config.distributed)
+    same = "start every process from the same file and with the same arguments"
+    agree("the settings", config_to_dict(config), same)
     run = Path(config.output_dir)
     finished = run / "summary.json"
-    if resume and finished.exists():
-        _check_same_config(config, run)
+    if resume and on_main(finished.exists):
+        on_main(lambda: _check_same_config(config, run))
     else:
-        train_one(config, resume=resume)
-    summary = read_json(finished)
+        with _other_processes(run):
+            train_one(config, resume=resume)
+    summary = on_main(lambda: read_json(finished))
     if config.control and summary.get("control") is None:
-        summary["control"] = run_control(config, [stage["step"] for stage in summary["stages"]], resume=resume)
-        write_json(finished, summary)
-    report = make_report(run)
-    print_summary(summary, run)
-    print(report)
+        with _other_processes(run):
+            summary["control"] = run_control(config, [stage["step"] for stage in summary["stages"]], resume=resume)
+        on_main(lambda: write_json(finished, summary))
+    if is_main():
+        report = make_report(run)
+        print_summary(summary, run)
+        print(report)
+    distributed.leave()
     return run
+
+
+@contextlib.contextmanager
+def _other_processes(run: Path) -> Iterator[None]:
+    """Say it plainly when another process of the run is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        gone = isinstance(error, torch.distributed.DistBackendError) or any(words in text for words in LOST_PEER)
+        if not gone or distributed.world_size() == 1:
+            raise
+        raise UserError(
+            f"another process of {run} stopped (its own error says why); the last checkpoint stands, and --resume goes "
+            "on from it"
+        ) from error
 
 
 def train_one(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     """One run without its control; returns what it wrote to summary.json."""
     run = Path(config.output_dir)
-    checkpoint = _open_folder(config, run, resume)
+    check_optimizer(config)
+    checkpoint = on_main(lambda: _open_folder(config, run, resume))
     set_seed(config.seed)
     code = {"trust_remote_code": config.trust_remote_code}
-    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template, **code)
-    data = prepare_data(config, tokenizer)
-    _check_same_data(run, data, goes_on=checkpoint is not None)
-    model = load_model(config.model, dtype=config.dtype, attn_implementation=config.attn_implementation, **code)
-    check_vocabulary(model, tokenizer)
-    display = Display("control" if run.name == "control" else config.method)
+    with taking_turns():
+        tokenizer = load_tokenizer(config.model, chat_template=config.chat_template, **code)
+        data = prepare_data(config, tokenizer, progress=is_main())
+    seen = {"fingerprint": data.fingerprint, "sequences": data.statistics.blocks, "tokens": data.statistics.tokens}
+    agree("the training data", seen, "give every machine the same files and tokenizer")
+    on_main(lambda: _check_same_data(run, data, goes_on=checkpoint is not None))
+    with sharing_errors():
+        model = load_model(config.model, dtype=config.dtype, attn_implementation=config.attn_implementation, **code)
+        check_vocabulary(model, tokenizer)
+    display = Display("control" if run.name == "control" else config.method, Console(stderr=True, quiet=not is_main()))
     _tell_data(display, data)
-    planned = estimate(config, model, data.statistics.blocks, tokens=data.statistics.tokens)
+    planned = None
+    with sharing_errors():
+        if is_main():
+            planned = estimate(config, model, data.statistics.blocks, tokens=data.statistics.tokens)
     total_parameters = sum(p.numel() for p in model.parameters())
     use_cache = model.config.use_cache
     model.config.use_cache = False  # packed documents are kept apart only without a cache
+    with sharing_errors():
+        fused_loss = fuse_loss(config, model)
+    if config.distributed.strategy == "fsdp2":
+        with sharing_errors():
+            _shard(config, model)
     trainer = _make_trainer(config, run, model, data, display)
+    if not is_main():  # dropout: every process has its own random numbers
+        torch.manual_seed(config.seed + distributed.rank())
     if checkpoint or config.method == "full" or config.apex.assessment == "random":
         before, _ = _watch(trainer, config)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory at step {trainer.state.global_step + 1}: lower per_device_train_batch_size (and raise "
-            "gradient_accumulation_steps), or set gradient_checkpointing: true; --resume keeps what is done"
+            f"out of GPU memory at step {trainer.state.global_step + 1}{remedies(planned)}; start again with another "
+            "output_dir (only a run with the same settings is resumed)"
         ) from error
     finally:
         display.stop()
     if trainer.activations is not None:
         before = trainer.activations
     summary = _finish(trainer, config, data, tokenizer, before, use_cache)
+    if fused_loss is not None:
+        fused_loss.close()
     summary["total_parameters"] = total_parameters
-    summary["plan"] = compare_plan(planned, summary)
-    write_json(run / "summary.json", summary)
+    if planned is not None:
+        summary["plan"] = compare_plan(planned, summary)
+    on_main(lambda: write_json(run / "summary.json", summary))
     return summary
+
+
+def _shard(config: RunConfig, model: PreTrainedModel) -> None:
+    """FSDP2 in place of what accelerate would do, which cannot lay matrices as APEX needs them."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    mixed = config.method == "apex"
+    shard_model(model, device, mixed=mixed, bf16=config.bf16, compile_layers=config.torch_compile)
+    setattr(model, "_is_accelerate_prepared", True)  # noqa: B010 - accelerate then takes it as it is
 
 
 def _open_folder(config: RunConfig, run: Path, resume: bool) -> Path | None:
@@ -104,7 +167,7 @@ def _open_folder(config: RunConfig, run: Path, resume: bool) -> Path | None:
     if resume and not checkpoints:
         print(f"{run} has no checkpoint yet; starting from the beginning", file=sys.stderr)
     if checkpoints:
-        check_checkpoint(checkpoints[-1])
+        check_checkpoint(checkpoints[-1], sharded=config.distributed.strategy == "fsdp2")
     for folder in (run, run / "checkpoints"):
         remove_unfinished(folder)
     write_text(run / "config.yaml", dump_yaml(config))
@@ -168,7 +231,7 @@ def _make_trainer(
     if config.method == "full":
         trainer.schedule_config = config.apex
         trainer.stage_starts = list(config.stage_starts) or None
-    trainer.metrics = MetricsLog(run / "metrics.jsonl")
+    trainer.metrics = MetricsLog(run / "metrics.jsonl", write=is_main())
     return trainer
 
 
@@ -183,7 +246,7 @@ def _watch(trainer: RunTrainer, config: RunConfig) -> tuple[Activations, int]:
     with trainer.accelerator.autocast():
         sequences = recorder.run(trainer.assessment_batches(config.apex.assess_samples))
     recorder.close()
-    return recorder.mean_activations(), sequences
+    return recorder.mean_activations(), sequences * distributed.world_size()
 
 
 def _finish(
@@ -210,8 +273,9 @@ def _finish(
     tables = {"before": before, "after": after}
     flat = {f"{when}/{kind}/{layer}": values.float() for when, kinds in tables.items()
             for kind, layers in kinds.items() for layer, values in layers.items()}  # fmt: skip
-    with atomic_path(run / "activations.safetensors") as temporary:
-        save_file(flat, temporary, metadata={"samples": str(sequences)})
+    if is_main():
+        with atomic_path(run / "activations.safetensors") as temporary:
+            save_file(flat, temporary, metadata={"samples": str(sequences)})
     summary: dict[str, Any] = {
         "method": config.method,
         "model": config.model,
@@ -233,12 +297,18 @@ def _finish(
         },
         "notes": notes,
     }
+    if distributed.world_size() > 1:
+        summary["processes"] = distributed.world_size()
     model.config.use_cache = use_cache
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
     gc.collect()
+    weights = gathered_state(model) if is_sharded(model) else None
+    if not is_main():
+        return summary
     card = model_card(summary, config_to_dict(config), config.model)
-    save_model(model, tokenizer, run / "model", card=card)
+    save_model(model, tokenizer, run / "model", card=card, state_dict=weights)
+    del weights
     reopened = load_model(str(run / "model"), dtype=config.dtype, attn_implementation=config.attn_implementation)
     reopened.to(next(model.parameters()).device)
     with trainer.accelerator.autocast():  # as the live model computed
@@ -251,5 +321,6 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     was_training = model.training
     model.eval()
     logits: Tensor = model(ids.to(next(model.parameters()).device), use_cache=False).logits.float()
+    reshard(model)
     model.train(was_training)
     return logits

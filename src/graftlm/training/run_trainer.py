@@ -2,96 +2,38 @@
 
 import contextlib
 import math
-import random
 import shutil
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback
 
 from graftlm.activations import count_tokens
 from graftlm.apex import Apex
-from graftlm.checkpointing import (
-    check_tensors,
-    load_optimizer,
-    load_tensors_and_metadata,
-    save_optimizer,
-    save_tensors,
-)
-from graftlm.errors import UserError
-from graftlm.files import atomic_folder, read_json
+from graftlm.errors import AgreedError, UserError
 from graftlm.models import quiet_transformers
+from graftlm.sharding import is_sharded
+from graftlm.training.checkpoints import (
+    STATE_FILE,
+    list_checkpoints,
+    load_apex_state,
+    load_optimizer_state,
+    load_random_state,
+    load_sharded_model,
+    save_random_states,
+    save_state,
+    shared_folder,
+)
+from graftlm.training.distributed import every, is_main, world_size
+from graftlm.training.held_out import mean_loss
 from graftlm.training.metrics import Display, MetricsLog
-from graftlm.training.trainer import APEX_FILE, ApexTrainer
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-RANDOM_FILE = "random.safetensors"
-STATE_FILE = "trainer_state.json"
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Mean cross-entropy in nats over all supervised tokens of `batches`; the model's mode is put back."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for batch in batches:
-        inputs = {k: v.to(device) for k, v in batch.items()}
-        supervised = int((inputs["labels"][:, 1:] != -100).sum())
-        if supervised:
-            total += float(model(**inputs, use_cache=False).loss) * supervised
-            count += supervised
-    model.train(was_training)
-    return total / count if count else float("nan")
-
-
-class _Recording(TrainerCallback):
-    """Writes metrics, asks for evaluations and checkpoints, and stops before a step on NaN or Inf."""
-
-    def __init__(self, trainer: "RunTrainer"):
-        self._trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        trainer = self._trainer
-        if state.global_step == 0:
-            trainer.begin_run()
-        trainer.display.start(state.global_step, state.max_steps)
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._trainer.clock_in()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        # After clipping: a norm of NaN makes every gradient NaN, and one of Inf makes NaN of what was Inf.
-        gradients = [p.grad for p in self._trainer.model.parameters() if p.grad is not None]
-        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            self._trainer.refuse("a gradient")
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        trainer = self._trainer
-        trainer.clock_out()
-        trainer.display.step(state.global_step)
-        step = state.global_step
-        due = step in trainer.eval_at or (trainer.eval_every and step % trainer.eval_every == 0)
-        if due and step < state.max_steps:
-            trainer.evaluate_now("periodic")
-        # The last step too: whatever then goes wrong with saving the model (a full disk), the training is not lost.
-        if step == state.max_steps or (trainer.save_every and step % trainer.save_every == 0):
-            control.should_save = True
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        if logs and "loss" in logs:
-            self._trainer.log_training(logs)
+from graftlm.training.recording import Recording
+from graftlm.training.trainer import ApexTrainer
 
 
 class RunTrainer(ApexTrainer):
@@ -127,11 +69,14 @@ class RunTrainer(ApexTrainer):
         self._clock: float | None = None
         self._loss = 0.0
         """Sum of the losses of all steps."""
+        self._step_loss: Tensor | None = None
+        """Of the step that goes on and this process, in float64; fetched once a step, since that stalls a GPU."""
+        self._step_tokens = 0
         self._logged = (0, 0, 0.0, 0.0)
         """Step, tokens, seconds and sum of losses when metrics were last logged."""
         self.remove_callback(PrinterCallback)  # Display says it better
         # Before the mixin's own: a step's time is taken before a stage ends, and saving is asked for after.
-        self.callback_handler.callbacks.insert(0, _Recording(self))
+        self.callback_handler.callbacks.insert(0, Recording(self))
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
@@ -154,16 +99,21 @@ class RunTrainer(ApexTrainer):
         finally:
             self.clock_out()
 
-    def batches(self, data: Any, size: int) -> Iterable[dict[str, Tensor]]:
-        for start in range(0, len(data), size):
-            yield self.data_collator([data[i] for i in range(start, min(start + size, len(data)))])
+    def _held_out_loss(self) -> float:
+        """mean_loss of the evaluation data, divided between processes (distributed.every)."""
+        data, size = self.evaluation, self.evaluation_batch_size
+        starts = range(0, len(data), size)
+        mine, rounds = every(len(starts))
+        taken = [starts[mine[turn] if turn < len(mine) else -1] for turn in range(rounds)]
+        batches = (self.data_collator([data[i] for i in range(s, min(s + size, len(data)))]) for s in taken)
+        return mean_loss(self.model, batches, counting=len(mine))
 
     def evaluate_now(self, when: str) -> float | None:
         """Held-out loss now, written to metrics.jsonl; None without evaluation data."""
         if self.evaluation is None or len(self.evaluation) == 0:
             return None
         with self.compute_loss_context_manager():
-            loss = mean_loss(self.model, self.batches(self.evaluation, self.evaluation_batch_size))
+            loss = self._held_out_loss()
         self._write(event="eval", when=when, loss=loss, stage=self.apex.clock.stage if self.apex is not None else 0)
         training_log_due = self.control.should_log
         self.log({"eval_loss": loss})
@@ -250,13 +200,26 @@ class RunTrainer(ApexTrainer):
         """Left to run.py, which evaluates before and after the last fusion."""
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        self.tokens += count_tokens(inputs)
+        self._step_tokens += count_tokens(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        value = float(loss)
-        if not math.isfinite(value):
-            self.refuse("the loss")
-        self._loss += value
+        self._step_loss = loss.double() if self._step_loss is None else self._step_loss + loss.double()
         return loss
+
+    def check_step(self, total: Tensor) -> None:
+        """Before an optimizer step: stop, on all processes at once, if it would be one on NaN or Inf."""
+        assert self._step_loss is not None
+        found = torch.stack([self._step_loss, torch.full_like(self._step_loss, self._step_tokens)])
+        if world_size() > 1:
+            torch.distributed.all_reduce(found)
+            found[0] /= world_size()  # Trainer scales each process's part up by their number
+        loss, tokens, norm = torch.cat([found, total.to(found)[None]]).tolist()
+        self._step_loss, self._step_tokens = None, 0
+        if not math.isfinite(loss):
+            self.refuse("the loss")
+        if not math.isfinite(norm):
+            self.refuse("a gradient")
+        self._loss += loss
+        self.tokens += int(tokens)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
@@ -265,7 +228,8 @@ class RunTrainer(ApexTrainer):
             self.control.should_training_stop = True
 
     def refuse(self, what: str) -> None:
-        raise UserError(
+        kind = UserError if is_main() else AgreedError
+        raise kind(
             f"{what} is NaN or Inf at step {self.state.global_step + 1} of {self.run}; the step was not taken: lower "
             "learning_rate, or look at the data (graftlm data); --resume goes on from the last checkpoint"
         )
@@ -276,32 +240,42 @@ class RunTrainer(ApexTrainer):
         """Everything of this moment, in one folder that is there whole or not at all."""
         folder = self.run / "checkpoints" / f"step-{self.state.global_step}"
         assert self.metrics is not None
-        with atomic_folder(folder) as temporary:
-            with quiet_transformers():
-                self.model.save_pretrained(temporary)
-            scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            told = {
-                "tokens": self.tokens,
-                "seconds": self.seconds,
-                "stages": self.stages,
-                "eval_loss_start": self.eval_loss_start,
-                "loss": self._loss,
-                "logged": list(self._logged),
-                "metrics_bytes": self.metrics.size,
-            }
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            save_optimizer(temporary / OPTIMIZER_FILE, optimizer, {"scheduler": scheduler, "run": told})
-            _save_random_state(temporary / RANDOM_FILE)
-            if self.apex is not None:
-                save_tensors(temporary / APEX_FILE, self.apex.state_dict())
-            self.state.save_to_json(str(temporary / STATE_FILE))
-        for old in list_checkpoints(self.run)[: -(self.args.save_total_limit or 1)]:
-            shutil.rmtree(old)
+        scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
+        told = {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "stages": self.stages,
+            "eval_loss_start": self.eval_loss_start,
+            "loss": self._loss,
+            "logged": list(self._logged),
+            "metrics_bytes": self.metrics.size,
+            "sequences_a_step": self._sequences_a_step(),
+        }
+        apex = self.apex.state_dict() if self.apex is not None else None  # which all processes take part in
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        with shared_folder(folder) as temporary:
+            save_state(temporary, self.model, optimizer, apex, {"scheduler": scheduler, "run": told})
+            save_random_states(temporary)
+            if is_main():
+                self.state.save_to_json(str(temporary / STATE_FILE))
+        if is_main():
+            for old in list_checkpoints(self.run)[: -(self.args.save_total_limit or 1)]:
+                shutil.rmtree(old)
+
+    def _sequences_a_step(self) -> int:
+        args = self.args
+        return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size())
 
     def save_apex(self, checkpoint: str) -> None:
         """Done: it is part of _save_checkpoint, so that a checkpoint is whole or not there."""
 
+    def load_apex(self, checkpoint: str) -> dict[str, Tensor]:
+        return load_apex_state(Path(checkpoint), self.model)
+
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if is_sharded(self.model):
+            load_sharded_model(Path(args[0]), self.model)
+            return
         with quiet_transformers():  # it would tell of tied weights, which are in a checkpoint once
             super()._load_from_checkpoint(*args, **kwargs)
 
@@ -309,9 +283,15 @@ class RunTrainer(ApexTrainer):
         if checkpoint is None:
             return
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        extra = load_optimizer(Path(checkpoint) / OPTIMIZER_FILE, optimizer)
+        extra = load_optimizer_state(Path(checkpoint), self.model, optimizer)
         self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **extra["scheduler"]})
         told = extra["run"]
+        if told.get("sequences_a_step", self._sequences_a_step()) != self._sequences_a_step():
+            raise UserError(
+                f"{checkpoint}: a step had {told['sequences_a_step']} sequences and would now have "
+                f"{self._sequences_a_step()}; choose processes x per_device_train_batch_size x "
+                "gradient_accumulation_steps that give as many as before"
+            )
         self.tokens, self.seconds, self.stages = told["tokens"], told["seconds"], told["stages"]
         self.eval_loss_start = told["eval_loss_start"]
         self._loss, self._logged = told["loss"], tuple(told["logged"])
@@ -320,41 +300,4 @@ class RunTrainer(ApexTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            _load_random_state(Path(checkpoint) / RANDOM_FILE)
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; names that begin with a dot were being written when the run was killed."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if (p / STATE_FILE).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-
-def check_checkpoint(checkpoint: Path) -> None:
-    """Raise UserError, naming the file and what to do, if a file of `checkpoint` is missing or torn."""
-    try:
-        read_json(checkpoint / STATE_FILE)
-    except UserError as error:
-        raise UserError(f"{error}; delete the checkpoint {checkpoint} and go on from an earlier one") from error
-    for file in sorted({checkpoint / OPTIMIZER_FILE, checkpoint / RANDOM_FILE, *checkpoint.glob("*.safetensors")}):
-        check_tensors(file)
-
-
-def _save_random_state(path: Path) -> None:
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    tensors = {"torch": torch.random.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    plain = {"python": [version, list(internal), gauss], "numpy": [name, position, has_gauss, cached]}
-    save_tensors(path, tensors, plain)
-
-
-def _load_random_state(path: Path) -> None:
-    tensors, plain = load_tensors_and_metadata(path)
-    version, internal, gauss = plain["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, position, has_gauss, cached = plain["numpy"]
-    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.random.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+            load_random_state(Path(checkpoint))

@@ -88,6 +88,10 @@ class ApexMixin:
         assert self.apex is not None
         save_tensors(f"{checkpoint}/{APEX_FILE}", self.apex.state_dict())
 
+    def load_apex(self, checkpoint: str) -> dict[str, Tensor]:
+        """What save_apex has put in the folder `checkpoint`."""
+        return load_tensors(f"{checkpoint}/{APEX_FILE}")
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         trainer: Any = self
         if self.apex_config is not None:
@@ -101,7 +105,7 @@ class ApexMixin:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
         if self.apex is not None:
             if self._resume_from is not None:
-                self.apex.load_state_dict(load_tensors(f"{self._resume_from}/{APEX_FILE}"))
+                self.apex.load_state_dict(self.load_apex(self._resume_from))
             else:
                 self.assess(self.apex)
             self.apex.start(optimizer)
@@ -120,10 +124,19 @@ class ApexMixin:
         """Batches of `samples` training sequences, spread evenly over the data (streams: the first ones); draws no
         random number, so a plain run beside this one sees the same order."""
         trainer: Any = self
-        data = trainer.train_dataset
-        size = trainer.args.per_device_train_batch_size
-        rows = (data[i * len(data) // samples] for i in range(min(samples, len(data)))) if _has_length(data) else data
-        taken = islice(iter(rows), samples)
+        data, args = trainer.train_dataset, trainer.args
+        if _has_length(data):
+            samples = min(samples, len(data))
+        share = -(-samples // args.world_size)  # as many on every process: with fsdp2 they run the model together
+        samples = share * args.world_size
+        size = args.per_device_train_batch_size
+        mine: Any = range(args.process_index, samples, args.world_size)
+        rows: Iterator[Any]
+        if _has_length(data):
+            rows = (data[i * len(data) // samples] for i in mine)
+        else:
+            rows = islice(iter(data), args.process_index, None, args.world_size)
+        taken = islice(rows, share)
         while batch := list(islice(taken, size)):
             collated = trainer.data_collator(batch)
             yield {k: v for k, v in collated.items() if k in MODEL_INPUTS}

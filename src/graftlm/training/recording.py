@@ -1,0 +1,51 @@
+"""What RunTrainer does at Trainer's events."""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from graftlm.sharding import total_norm
+
+if TYPE_CHECKING:
+    from graftlm.training.run_trainer import RunTrainer
+
+
+class Recording(TrainerCallback):
+    """Writes metrics, asks for evaluations and checkpoints, and stops before a step on NaN or Inf."""
+
+    def __init__(self, trainer: "RunTrainer"):
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        trainer = self._trainer
+        if state.global_step == 0:
+            trainer.begin_run()
+        trainer.display.start(state.global_step, state.max_steps)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._trainer.clock_in()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # After clipping: a norm of NaN makes every gradient NaN, and one of Inf makes NaN of what was Inf.
+        gradients = [p.grad for p in self._trainer.model.parameters() if p.grad is not None]
+        self._trainer.check_step(total_norm(gradients))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        trainer = self._trainer
+        trainer.clock_out()
+        trainer.display.step(state.global_step)
+        step = state.global_step
+        due = step in trainer.eval_at or (trainer.eval_every and step % trainer.eval_every == 0)
+        if due and step < state.max_steps:
+            trainer.evaluate_now("periodic")
+        # The last step too: whatever then goes wrong with saving the model (a full disk), the training is not lost.
+        if step == state.max_steps or (trainer.save_every and step % trainer.save_every == 0):
+            control.should_save = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            self._trainer.log_training(logs)
