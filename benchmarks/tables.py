@@ -38,7 +38,7 @@ def table(results: dict[str, Any]) -> str:
         if value is None:
             continue
         between = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
-        shown = f"{value:.6g}" if value > 1e-3 else f"{value:.2g}"
+        shown = f"{value:.5g}" if value > 1e-4 else f"{value:.2g}"
         lines.append(f"| {what} | {shown} | {between} | {aim} |")
     return "\n".join(lines)
 

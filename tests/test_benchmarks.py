@@ -81,3 +81,10 @@ def test_the_gpu_benchmark_can_be_tried_on_a_cpu(part):
     small = ["--model", "135m", "--layers", "1", "--length", "32", "--rows", "2", "--rounds", "1"]
     found = last_line("gpu", part, *small, "--no-autocast", "--budget", "0.05")[part]
     assert all(way["tokens_per_second"] > 0 for way in found["ways"].values())
+
+
+def test_the_page_has_the_figures_of_the_committed_run():
+    from tables import RESULTS, table
+
+    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert table(json.loads(RESULTS.read_text(encoding="utf-8"))) in page

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graftlm.samples import Samples
 
-CHUNK = 2**17
+CHUNK = 2**19
 """Values that a CPU takes at a time: few enough to stay in its cache, many enough that calls do not count."""
 
 
