@@ -74,7 +74,8 @@ class Expansion:
         """Where N and P lie in the gradient of a slice whose rows or columns are at `places`."""
         placed = self.placed(piece)
         if placed.in_slice is None:
-            placed.in_slice = Place(places[placed.n.index], piece.dim), Place(places[placed.p.index], piece.dim)
+            at_n, at_p = (Place(places[place.index], piece.dim, place.width) for place in (placed.n, placed.p))
+            placed.in_slice = at_n, at_p
         return placed.in_slice
 
     def weight(self, piece: Piece) -> Tensor:

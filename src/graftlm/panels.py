@@ -52,16 +52,20 @@ class Place:
         """Copy the panel [slots, k, other] out of `weight`."""
         if self.dim == 0:
             return weight.index_select(0, self.flat).view(self.slots, self.k, -1)
-        rows = weight.shape[0]
+        return self.columns(weight).view(-1, self.slots, self.k).permute(1, 2, 0)
+
+    def columns(self, weight: Tensor) -> Tensor:
+        """Copy the columns out of `weight` [other, columns] as they lie there: [other, slots * k]."""
         if self._in_runs(weight):
-            picked = weight.unflatten(1, (-1, self.width)).index_select(1, self._runs)
-        else:
-            picked = weight.gather(1, self.flat.expand(rows, -1))
-        return picked.view(rows, self.slots, self.k).permute(1, 2, 0)
+            return weight.unflatten(1, (-1, self.width)).index_select(1, self._runs).flatten(1)
+        return weight.gather(1, self.flat.expand(len(weight), -1))
 
     def renew_(self, panel: Tensor, weight: Tensor) -> None:
         """panel = weight[index], in place; what is absent stays as it is."""
         flat, kept = self._present
+        if len(kept) == len(self.flat):
+            panel.copy_(self.take(weight))
+            return
         values = weight.index_select(self.dim, flat)
         values = values.T if self.dim == 1 else values.view(len(flat), -1)  # [present, other]
         panel[kept // self.k, kept % self.k] = values.to(panel.dtype)

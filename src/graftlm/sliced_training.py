@@ -1,6 +1,7 @@
 """A whole model of which only slices, operators and perhaps the embeddings train (budgets below 100%)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import gcd
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class SlicedTraining(nn.Module):
         self._expansions = list(expansions)
         counts: dict[str, int] = {}
         self._dims: dict[str, int] = {}
+        self._widths: dict[str, int] = {}
         for expansion in self._expansions:
             expansion.sliced = True
             block = expansion.block
@@ -35,6 +37,8 @@ class SlicedTraining(nn.Module):
             for matrix in matrices_that_train(block, budget.followers):
                 counts[matrix.module] = counts.get(matrix.module, 0) + size * matrix.slots * matrix.width
                 self._dims[matrix.module] = matrix.dim
+                # A module may hold several matrices.
+                self._widths[matrix.module] = gcd(self._widths.get(matrix.module, 0), matrix.width, matrix.offset)
             for tie in expansion.ties:
                 tie.by_tokens = tie.k > count.n * block.width
                 if tie.by_tokens and tie.scale_n is not None:
@@ -74,7 +78,7 @@ class SlicedTraining(nn.Module):
         for module, parts in indices.items():
             found = self.slice_of(module)
             if found is not None:
-                found.choose(linear(model, module), torch.cat(parts).sort().values)
+                found.choose(linear(model, module), torch.cat(parts).sort().values, self._widths[module])
         self.lay_routes(choices)
 
     def lay_routes(self, choices: Mapping[str, Choice]) -> None:
@@ -94,7 +98,7 @@ class SlicedTraining(nn.Module):
             if module in self._plans:
                 self._plans[module].lay(here)
             elif found is not None or here:
-                self._plans[module] = plan = Plan(found, self._dims[module])
+                self._plans[module] = plan = Plan(found, self._dims[module], self._widths[module])
                 plan.lay(here)
                 self._undo.append(install(linear(self._model[0], module), plan))
 

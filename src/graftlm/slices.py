@@ -40,12 +40,12 @@ class Slice(nn.Module):
         """Place of every row or column in the slice, -1 for those that do not train: int64 [rows or columns]."""
 
     @torch.no_grad()
-    def choose(self, layer: nn.Linear, index: Tensor) -> None:
-        """Take the rows or columns `index` from the layer, as they are now."""
+    def choose(self, layer: nn.Linear, index: Tensor, width: int = 1) -> None:
+        """Take the rows or columns `index` [count], in runs of `width` (panels.py), from the layer as they are now."""
         self.index = index.to(layer.weight.device)
         self.places = torch.full((layer.weight.shape[self.dim],), -1, device=layer.weight.device)
         self.places[self.index] = torch.arange(len(index), device=layer.weight.device)
-        self._place = Place(self.index[None], self.dim)
+        self._place = Place(self.index[None], self.dim, width)
         self._panel().copy_(self._place.take(layer.weight))
         if self.bias is not None:
             self.bias.copy_(layer.bias.index_select(0, self.index))
@@ -64,7 +64,7 @@ class Slice(nn.Module):
 
 @dataclass
 class Route:
-    """Where one operator's gradient is read off in a linear layer: N and P along the mixed dimension, [slots, k].
+    """Where one operator's gradient is read off in a linear layer: N and P along the mixed dimension, [slots, k] each.
 
     Every slot of every token is a vector of k that M acts on.
     """
@@ -102,9 +102,11 @@ class Route:
 class Plan:
     """What a sliced linear layer needs in its backward pass besides tensors."""
 
-    def __init__(self, found: Slice | None, dim: int):
+    def __init__(self, found: Slice | None, dim: int, width: int = 1):
+        """`width`: what trains and what is mixed comes in aligned runs of so many rows or columns (panels.py)."""
         self.slice = found
         self.dim = dim
+        self.width = width
         self.routes: list[Route] = []
         self.lay([])
 
@@ -113,7 +115,8 @@ class Plan:
         self.routes = routes
         for route in routes:
             route.lay(self.slice)
-        self._of_slice: Tensor | None = None
+        self.p = [self._columns(route.p) for route in routes]
+        self._of_slice: Place | None = None
         if self.slice is None and not routes:
             return
         # Passing over all tokens costs, not how many columns are taken: N of each route, and then what else the slice
@@ -124,14 +127,19 @@ class Plan:
             index = self.slice.index
             of_routes = torch.isin(index, torch.cat(picked)) if picked else torch.zeros_like(index, dtype=torch.bool)
             picked.append(index[~of_routes])
-        self._picked = torch.cat(picked)
+        index = torch.cat(picked)
+        self._picked = self._columns(index)
         if self.slice is not None and routes:
-            order = self._picked.argsort()
-            self._of_slice = order[torch.searchsorted(self._picked[order], self.slice.index)]
+            order = index.argsort()
+            self._of_slice = self._columns(order[torch.searchsorted(index[order], self.slice.index)])
+
+    def _columns(self, index: Tensor) -> Place:
+        """Where columns of tokens [T, features] lie."""
+        return Place(index.view(1, -1), 1, self.width)
 
     def pick(self, tokens: Tensor) -> Tensor:
         """Columns of tokens [T, features] that are N of a route or the slice's: contiguous, [T, picked]."""
-        return _pick(tokens, self._picked)
+        return self._picked.columns(tokens)
 
     def of_routes(self, picked: Tensor) -> list[Tensor]:
         """Of what `pick` gave, N of each route: views, [T, slots * k]."""
@@ -139,12 +147,7 @@ class Plan:
 
     def of_slice(self, picked: Tensor) -> Tensor:
         """Of what `pick` gave, the slice's rows or columns: [T, count]."""
-        return picked if self._of_slice is None else picked.index_select(1, self._of_slice)
-
-
-def _pick(tokens: Tensor, index: Tensor) -> Tensor:
-    """Columns `index` of tokens [T, features], contiguous; on a CPU by all threads, which index_select does not."""
-    return tokens.gather(1, index.flatten().expand(len(tokens), -1))
+        return picked if self._of_slice is None else self._of_slice.columns(picked)
 
 
 class _SlicedLinear(torch.autograd.Function):
@@ -160,7 +163,7 @@ class _SlicedLinear(torch.autograd.Function):
         if plan.dim == 0:
             # Mixed rows: the whole input where any row trains, and y_P for each operator.
             saved += [x] if plan.slice is not None else []
-            saved += [_pick(flat_y, r.p) for r in plan.routes]
+            saved += [p.columns(flat_y) for p in plan.p]
         else:
             # Mixed columns: only the inputs of the columns that train, and x_N for each operator.
             saved.append(plan.pick(flat_x))
@@ -191,7 +194,7 @@ class _SlicedLinear(torch.autograd.Function):
                 of_p = saved[i]
             else:
                 assert dx is not None
-                of_p = _pick(dx.reshape(-1, dx.shape[-1]), route.p)
+                of_p = plan.p[i].columns(dx.reshape(-1, dx.shape[-1]))
             factors += route.factors(of_n, of_p)
             if of_slice is not None:
                 route.add_back_(of_slice, of_n)
