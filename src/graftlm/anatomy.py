@@ -6,7 +6,7 @@ Shapes: d = hidden size, H = query heads, G = key-value groups, D = head_dim, F 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class AttentionNames:
     keys: str
     values: str
     output: str
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ SPLIT_ATTENTION = AttentionNames("self_attn.q_proj", "self_attn.k_proj", "self_a
 FUSED_ATTENTION = AttentionNames("self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.o_proj")
 SPLIT_FEED_FORWARD = FeedForwardNames("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn")
 FUSED_FEED_FORWARD = FeedForwardNames("mlp.gate_up_proj", "mlp.gate_up_proj", "mlp.down_proj", "mlp.activation_fn")
+
+PER_LAYER = "per_layer_"
+"""Model types of pruned models, whose layers differ, are their family's after this (pruning/per_layer_modeling.py)."""
 
 # model_type -> names. Families in the first line share Llama's layout; Qwen2 adds biases, Qwen3 and OLMo2 norms on
 # queries and keys, Gemma another activation: none of these changes where heads and channels live.
@@ -61,7 +66,7 @@ class Matrix:
     """
 
     module: str
-    role: Literal["q", "k", "v", "o", "gate", "up", "down"]
+    role: Literal["q", "k", "v", "o", "gate", "up", "down", "q_norm", "k_norm"]
     dim: int
     slots: int
     width: int
@@ -98,6 +103,8 @@ class Block:
     """Channels: the module that computes the gate, used when the activation module is never called."""
     feed_forward: str | None = None
     """Channels: the module that computes down(activation(gate(x)) * up(x)) and nothing else; None where it may not."""
+    norms: tuple[Matrix, ...] = ()
+    """Heads: norms over the queries or keys of all heads at once, whose weights [n] lie by head (OLMo2)."""
 
     @property
     def name(self) -> str:
@@ -138,6 +145,10 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
+def _weight(model: nn.Module, path: str) -> Tensor:
+    return cast(Tensor, model.get_submodule(path).weight)
+
+
 def _has(layer: nn.Module, path: str) -> bool:
     try:
         layer.get_submodule(path)
@@ -173,12 +184,16 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _attention_block(model: nn.Module, layer: int, prefix: str, names: AttentionNames) -> Block | str:
+def model_family(model: nn.Module) -> str:
+    """Model type of the stock family that `model` is of, also where it was pruned; empty where it has none."""
+    return getattr(_text_config(model), "model_type", "").removeprefix(PER_LAYER)
+
+
+def _attention_block(model: nn.Module, layer: int, prefix: str, names: AttentionNames, smallest: int) -> Block | str:
     """The heads of one layer, or a word on why they cannot be expanded."""
     config = _text_config(model)
-    query_heads = config.num_attention_heads
     output = linear(model, f"{prefix}.{names.output}")
-    head_dim = getattr(config, "head_dim", None) or output.in_features // query_heads
+    head_dim = getattr(config, "head_dim", None) or output.in_features // config.num_attention_heads
     query_heads = output.in_features // head_dim  # a pruned layer has fewer than the config says
     values = linear(model, f"{prefix}.{names.values}")
     if names.values == names.queries:  # fused: rows of q, then k, then v
@@ -186,9 +201,13 @@ def _attention_block(model: nn.Module, layer: int, prefix: str, names: Attention
         key_offset, value_offset = query_heads * head_dim, (query_heads + groups) * head_dim
     else:
         groups, key_offset, value_offset = values.out_features // head_dim, 0, 0
-    if groups < 2:
+    if groups < smallest:
         return "heads: one key-value head, so there is no P and N to choose (only the FFN is expanded)"
     slots = query_heads // groups
+    norms = []
+    for role, path, count in (("q_norm", names.query_norm, slots), ("k_norm", names.key_norm, 1)):
+        if _has(model, f"{prefix}.{path}") and len(_weight(model, f"{prefix}.{path}")) == groups * count * head_dim:
+            norms.append(Matrix(f"{prefix}.{path}", role, 0, count, head_dim))  # type: ignore[arg-type]
     return Block(
         kind="heads",
         layer=layer,
@@ -204,6 +223,7 @@ def _attention_block(model: nn.Module, layer: int, prefix: str, names: Attention
             Matrix(f"{prefix}.{names.keys}", "k", 0, 1, head_dim, key_offset),
         ),
         probe=f"{prefix}.{names.output}",
+        norms=tuple(norms),
     )
 
 
@@ -237,7 +257,7 @@ def _why_no_feed_forward(layer: nn.Module) -> str:
 def _layout(
     model: nn.Module, layers: nn.ModuleList
 ) -> tuple[AttentionNames | None, FeedForwardNames | None, list[str]]:
-    model_type = getattr(_text_config(model), "model_type", "")
+    model_type = model_family(model)
     if model_type in FAMILIES:
         return *FAMILIES[model_type], []
     attention = next((n for n in (SPLIT_ATTENTION, FUSED_ATTENTION) if _fits(layers, n.values, n.output)), None)
@@ -252,9 +272,10 @@ def _layout(
     )
 
 
-def read_anatomy(model: nn.Module) -> Anatomy:
+def read_anatomy(model: nn.Module, *, smallest: int = 2) -> Anatomy:
     """Find every block of `model` that can be expanded.
 
+    `smallest`: key-value groups that a layer's heads need to count: 2 to choose P and N among them, 1 to prune.
     Raises UserError when nothing can; `notes` says what cannot, once for each reason.
     """
     path, layers = decoder_layers(model)
@@ -263,7 +284,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     for i, layer in enumerate(layers):
         prefix = f"{path}.{i}"
         if attention is not None and _has(layer, attention.values) and _has(layer, attention.output):
-            block = _attention_block(model, i, prefix, attention)
+            block = _attention_block(model, i, prefix, attention, smallest)
             if isinstance(block, Block):
                 blocks.append(block)
             else:
@@ -271,8 +292,10 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         else:
             notes.append("heads: no value and output projections of a known name")
         if feed_forward is not None and _has(layer, feed_forward.gate) and _has(layer, feed_forward.down):
-            known = getattr(_text_config(model), "model_type", "") in FAMILIES
-            blocks.append(_feed_forward_block(model, i, prefix, feed_forward, known))
+            known = model_family(model) in FAMILIES
+            channels = _feed_forward_block(model, i, prefix, feed_forward, known)
+            if channels.components:
+                blocks.append(channels)
         else:
             notes.append(_why_no_feed_forward(layer))
     notes = list(dict.fromkeys(notes))

@@ -1,0 +1,115 @@
+"""Taking components out of a model: a new one, of the shape that remains, holding the remaining weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from graftlm.anatomy import Block, read_anatomy
+from graftlm.errors import UserError
+from graftlm.pruning.shapes import LayerShape, head_dim_of, shaped_config, shapes_of
+
+
+def prunable_blocks(model: nn.Module) -> tuple[Block, ...]:
+    """The heads and channels of every layer that still has any (Anatomy.blocks, single key-value groups included)."""
+    return read_anatomy(model, smallest=1).blocks
+
+
+@torch.no_grad()
+def keep_components(model: PreTrainedModel, kept: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model with only the components `kept`; computes what `model` does without the others.
+
+    A norm over all heads at once (OLMo2) is then over those that remain.
+
+    Args:
+        model: left without its weights where the new model took them; do not use it afterwards.
+        kept: by block name (Anatomy.blocks), ids of components (key-value groups with all their query heads,
+            channels): int64 [n], each once. They stay in ascending order. Blocks that are not named stay whole.
+
+    Raises UserError for a block or component that does not exist, and for a family without a per-layer class.
+    """
+    slices = kept_slices(model, kept)
+    config = shaped_config(model.config, _shapes_after(model, kept), head_dim_of(model))
+    return rebuilt(model, config, lambda name, tensor: _sliced(tensor, slices.get(name)))
+
+
+def kept_slices(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, tuple[int, Tensor]]:
+    """For each parameter that loses rows or columns: the dimension, and the positions along it that stay, int64 [m].
+
+    An optimizer's moments of the parameter survive with the same positions. A block that keeps nothing keeps no
+    position. Raises UserError for a block or component that does not exist.
+    """
+    blocks = {block.name: block for block in prunable_blocks(model)}
+    slices: dict[str, tuple[int, Tensor]] = {}
+    for name, ids in kept.items():
+        if name not in blocks:
+            raise UserError(f"prune: {name} is no block of this model; there are {', '.join(blocks)}")
+        block = blocks[name]
+        ids = ids.unique()  # sorted
+        if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < block.components:
+            raise UserError(f"prune: {name} has components 0 to {block.components - 1}, not {ids.tolist()}")
+        if len(ids) == block.components:
+            continue
+        for matrix in (*block.mixed, *block.followers, *block.norms):
+            # Slot by slot is expansion's order; a weight's own order is component by component.
+            positions = matrix.index(ids).flatten().sort().values
+            module = model.get_submodule(matrix.module)
+            for parameter in ("weight", "bias") if matrix.dim == 0 else ("weight",):
+                if getattr(module, parameter, None) is not None:
+                    path = f"{matrix.module}.{parameter}"
+                    before = slices.get(path)  # a fused projection holds several matrices
+                    joined = positions if before is None else torch.cat([before[1], positions]).sort().values
+                    slices[path] = (matrix.dim, joined)
+    return slices
+
+
+def rebuilt(model: PreTrainedModel, config: Any, part: Any) -> PreTrainedModel:
+    """A model of `config` with the tensors of `model`: `part(name, tensor)` gives each, or None where it goes.
+
+    Weights are moved one by one, so that no second model is ever held; `model` is empty afterwards. Parameters keep
+    dtype, device and requires_grad, and lose their gradients. Raises ValueError where the two do not fit.
+    """
+    with torch.device("meta"), no_init_weights():
+        new: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    wanted = dict(new.named_parameters())
+    for name, parameter in list(model.named_parameters()):
+        tensor = part(name, parameter.data)
+        _owner(model, name)[0]._parameters[_owner(model, name)[1]] = None
+        if tensor is None or name not in wanted:
+            continue
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, the config asks for {list(wanted[name].shape)}")
+        owner, leaf = _owner(new, name)
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+    for name, buffer in model.named_buffers():
+        owner, leaf = _owner(new, name)
+        owner._buffers[leaf] = buffer
+    new.tie_weights()
+    if missing := [name for name, p in new.named_parameters() if p.is_meta]:
+        raise ValueError(f"no weights for {missing[0]} and {len(missing) - 1} more")
+    new.generation_config = model.generation_config
+    return new.train(model.training)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _sliced(tensor: Tensor, positions: tuple[int, Tensor] | None) -> Tensor:
+    return tensor if positions is None else tensor.index_select(positions[0], positions[1].to(tensor.device))
+
+
+def _shapes_after(model: PreTrainedModel, kept: Mapping[str, Tensor]) -> list[LayerShape]:
+    shapes = [shape.overrides() for shape in shapes_of(model)]
+    for block in prunable_blocks(model):
+        if block.name in kept:
+            count = len(kept[block.name].unique())
+            if block.kind == "heads":
+                shapes[block.layer] |= {"num_key_value_heads": count, "num_attention_heads": count * block.slots}
+            else:
+                shapes[block.layer] |= {"intermediate_size": count}
+    return [LayerShape(**shape) for shape in shapes]
