@@ -8,6 +8,8 @@ PYTHON ?= $(shell for name in python3.11 python3; do \
 	"$$name" -c '$(new_enough)' >/dev/null 2>&1 && echo "$$name" && break; done)
 PIP_ARGS ?=
 BIN := .venv/bin
+# Two at a time: more take memory that a small machine has not.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 STAMP := .venv/.setup-done
 
@@ -38,10 +40,10 @@ demo: setup
 	$(BIN)/graftlm demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 test-all: setup
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(TESTS) -m "slow or not slow"
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -57,6 +57,13 @@ def test_assessment_is_measured():
     assert found["recorder_seconds_median"] > 0
 
 
+def test_pruning_is_measured():
+    words = ["--model", "tiny-llama", "--short", "--length", "16", "--iterations", "4", "--parts", "whole"]
+    whole = last_line("prune", *words)["whole"]
+    assert whole["iterations"] == 2 and whole["seconds_per_iteration"] > 0 and whole["samples"] == 10
+    assert whole["flops_per_second"] > 0 and whole["peak_bytes"] > 0
+
+
 @pytest.mark.slow
 def test_step_cost_says_what_it_promises():
     found = last_line("step_cost", *TINY, "--rounds", "2")

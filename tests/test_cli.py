@@ -16,6 +16,7 @@ from graftlm import cli, demo
 from graftlm.errors import UserError
 
 VERBS = ["train", "compare", "pilot", "plan", "data", "assess", "eval", "generate", "report", "demo", "env"]
+VERBS += ["prune", "shrink", "export"]
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_assess(calls):
     assert (
         cli.main(shlex.split("assess m --data f.txt --out d --compare m2 --samples 8 --max-length 64 --mask 0.1")) == 0
     )
-    expected = {"compare": "m2", "samples": 8, "max_length": 64, "mask": 0.1}
+    expected = {"compare": "m2", "samples": 8, "max_length": 64, "mask": 0.1, "prune_sensitivity": None}
     assert only(calls) == ("assess", ("m", "f.txt", Path("d")), expected)
 
 

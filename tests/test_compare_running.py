@@ -17,8 +17,9 @@ from tiny_comparisons import by_name, loss_of, made_up, opened, write_comparison
 from tiny_runs import read_metrics, read_summary
 
 from graftlm import cli
-from graftlm.comparing import process, runner
-from graftlm.comparing.process import OutOfTime, RunFailed, _watch, run_record
+from graftlm.comparing import loop, process, runner
+from graftlm.comparing.loop import alone
+from graftlm.comparing.process import OutOfTime, RunFailed, run_record, watch
 from graftlm.comparing.runner import compare
 from graftlm.errors import UserError
 from graftlm.training.run import train_one
@@ -91,7 +92,7 @@ def test_minutes(monkeypatch, tmp_path):
         return made_up(cell, 3.0, wall_seconds=60.0, environment=runner.describe_environment())
 
     monkeypatch.setattr(runner, "run_record", run)
-    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
     path = write_comparison(tmp_path, plain_multiples=[1])
     console = quiet()
     compare(path, minutes=2.5, console=console)
@@ -163,7 +164,7 @@ def test_dry_run_writes_nothing(tmp_path):
 
 def test_two_at_once_are_refused(tmp_path):
     refused = pytest.raises(UserError, match="another comparison is running there")
-    with runner._alone(tmp_path), refused, runner._alone(tmp_path):
+    with alone(tmp_path), refused, alone(tmp_path):
         pass
 
 
@@ -178,11 +179,11 @@ def test_a_process_that_fails_says_why(tmp_path):
     lines = []
     code = "import sys; print('working', file=sys.stderr); print('graftlm: no such file', file=sys.stderr); sys.exit(2)"
     with pytest.raises(RunFailed, match=r"^no such file"):
-        _watch(start(code), tmp_path / "log", None, lines.append)
+        watch(start(code), tmp_path / "log", None, lines.append)
     assert lines == ["working", "graftlm: no such file"]
     assert (tmp_path / "log").read_text().splitlines() == lines
     with pytest.raises(RunFailed, match=r"^exit code 3"):
-        _watch(start("raise SystemExit(3)"), tmp_path / "log", None, lines.append)
+        watch(start("raise SystemExit(3)"), tmp_path / "log", None, lines.append)
 
 
 def test_a_process_is_interrupted_when_the_time_is_up(tmp_path):
@@ -193,7 +194,7 @@ def test_a_process_is_interrupted_when_the_time_is_up(tmp_path):
         "print('going', file=sys.stderr, flush=True); time.sleep(60)"
     )
     with pytest.raises(OutOfTime):
-        _watch(start(code), tmp_path / "log", 0.5, lambda line: None)
+        watch(start(code), tmp_path / "log", 0.5, lambda line: None)
     assert time.monotonic() - before < 30
 
 

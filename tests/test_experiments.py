@@ -6,11 +6,16 @@ import pytest
 import yaml
 
 from graftlm.comparing.config import load_comparison
+from graftlm.comparing.pruning.cells import PruneCells
+from graftlm.comparing.pruning.config import load_prune_comparison
+from graftlm.comparing.results import Results
 from graftlm.configuring import load_config
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-COMPARISONS = sorted(path for path in FOLDER.glob("*/config.yaml") if "variants:" in path.read_text())
-RUNS = sorted(set(FOLDER.glob("*/config.yaml")) - set(COMPARISONS))
+COMPARED = sorted(path for path in FOLDER.glob("*/config.yaml") if "variants:" in path.read_text())
+PRUNING = [path for path in COMPARED if {"prune", "shrink"} & set(yaml.safe_load(path.read_text()))]
+COMPARISONS = [path for path in COMPARED if path not in PRUNING]
+RUNS = sorted(set(FOLDER.glob("*/config.yaml")) - set(COMPARED))
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.parent.name)
@@ -19,6 +24,37 @@ def test_comparison(path):
     assert found.controls and len(found.arms) > 1
     assert len(found.settings.seeds) >= 3
     assert found.settings.results and (FOLDER.parent / found.settings.results).parent == FOLDER / "results"
+
+
+@pytest.mark.parametrize("path", PRUNING, ids=lambda path: path.parent.name)
+def test_comparison_of_pruning(path, tmp_path):
+    assert path.parent.name.startswith("adapt_")  # the other paper's tables have numbers, too
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    sources = [f"data.path={text}", f"perplexity={text}"]
+    own = [f"shrink.eval_data.path={text}"] if "shrink:" in path.read_text() else []
+    found = load_prune_comparison(path, [*sources, *own])
+    assert found.settings.model == "smollm2" and found.settings.data and len(found.arms) > 1
+    assert len(found.settings.seeds) == 3 and found.settings.control == found.control
+    assert found.settings.results and (FOLDER.parent / found.settings.results).parent == FOLDER / "results"
+    cells = list(PruneCells(found, Results(tmp_path / "none.json")).wanted())
+    assert len({cell.key for cell in cells}) == len(cells) == 1 + 3 * len(found.arms) * len(found.sizes)
+
+
+@pytest.mark.parametrize("name", ["adapt_table1", "adapt_table8"])
+def test_sizes_as_published(name):
+    found = load_prune_comparison(FOLDER / name / "config.yaml", ["sparsity_of=channels"])
+    assert not any(job.settings.exact for arm in found.arms for _, job in arm.by_size)
+
+
+def test_adapt_accel_and_prune_then_train_see_the_same_tokens():
+    for name in ("adapt_table3", "adapt_fig4", "adapt_recovery"):
+        found = load_prune_comparison(FOLDER / name / "config.yaml")
+        tokens = {
+            (run.max_steps, run.max_length, run.per_device_train_batch_size * run.gradient_accumulation_steps)
+            for run in (job.task.run for arm in found.arms for _, job in arm.by_size)
+        }
+        assert len(tokens) == 1
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)

@@ -113,11 +113,11 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert (ours / "model/model.safetensors").read_bytes() == (theirs / "model/model.safetensors").read_bytes()
 
 
-def run_quietly(
-    config: RunConfig, resume: bool = False, kill_at: int | str | None = None, count_to: Path | None = None
-) -> None:
-    """train_one, for a process of its own, which kills itself (-9) at a moment: the `kill_at`-th, or the one when what
-    has been written is to get the name `kill_at`. Else the number of moments is written to the file `count_to`.
+@contextlib.contextmanager
+def moments(kill_at: int | str | None = None, count_to: Path | None = None):
+    """For a process of its own, which kills itself (-9) at a moment: the `kill_at`-th, or the one when what has been
+    written is to get the name `kill_at` (the end of its path). Else the number of moments is written to the file
+    `count_to`.
 
     Moments: before every micro-batch, and whenever something is to be put on the disk for good or to get its name.
     """
@@ -127,7 +127,7 @@ def run_quietly(
         def wrapped(*args, **kwargs):
             nonlocal passed
             passed += 1
-            named = isinstance(args[-1], str | Path) and Path(args[-1]).name == kill_at
+            named = isinstance(args[-1], str | Path) and f"/{args[-1]}".endswith(f"/{kill_at}")
             if passed == kill_at or named:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
@@ -137,10 +137,17 @@ def run_quietly(
     os.fsync = moment(lambda descriptor: None)  # it matters when the power fails, not when a process is killed
     os.rename, os.replace = moment(os.rename), moment(os.replace)
     run_trainer.RunTrainer.training_step = moment(run_trainer.RunTrainer.training_step)
-    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
-        run.train_one(config, resume=resume)
+    yield
     if count_to is not None:
         count_to.write_text(str(passed))
+
+
+def run_quietly(
+    config: RunConfig, resume: bool = False, kill_at: int | str | None = None, count_to: Path | None = None
+) -> None:
+    """train_one, with `moments`."""
+    with moments(kill_at, count_to), open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
+        run.train_one(config, resume=resume)
 
 
 def control_of(folder: Path, elsewhere: Path) -> RunConfig:

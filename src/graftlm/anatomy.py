@@ -145,8 +145,8 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _weight(model: nn.Module, path: str) -> Tensor:
-    return cast(Tensor, model.get_submodule(path).weight)
+def _weight(model: nn.Module, path: str) -> Tensor | None:
+    return cast(Tensor | None, getattr(model.get_submodule(path), "weight", None))
 
 
 def _has(layer: nn.Module, path: str) -> bool:
@@ -174,9 +174,10 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def decoder_linears(model: nn.Module) -> list[str]:
-    """Paths of every nn.Linear of the decoder layers."""
+    """Paths of every nn.Linear of the decoder layers that has weights (a pruned layer may have lost all)."""
     path, layers = decoder_layers(model)
-    return [f"{path}.{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
+    found = ((name, module) for name, module in layers.named_modules() if isinstance(module, nn.Linear))
+    return [f"{path}.{name}" for name, module in found if module.weight.numel()]
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -206,7 +207,8 @@ def _attention_block(model: nn.Module, layer: int, prefix: str, names: Attention
     slots = query_heads // groups
     norms = []
     for role, path, count in (("q_norm", names.query_norm, slots), ("k_norm", names.key_norm, 1)):
-        if _has(model, f"{prefix}.{path}") and len(_weight(model, f"{prefix}.{path}")) == groups * count * head_dim:
+        weight = _weight(model, f"{prefix}.{path}") if _has(model, f"{prefix}.{path}") else None
+        if weight is not None and len(weight) == groups * count * head_dim:
             norms.append(Matrix(f"{prefix}.{path}", role, 0, count, head_dim))  # type: ignore[arg-type]
     return Block(
         kind="heads",

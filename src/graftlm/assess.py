@@ -28,7 +28,9 @@ from graftlm.errors import UserError
 from graftlm.files import atomic_path, write_json
 from graftlm.masking import masked
 from graftlm.models import check_vocabulary, load_model, load_tokenizer
+from graftlm.pruning.sensitivity import layer_sensitivity
 from graftlm.reporting.distributions import plot_activations, plot_sigma, relative_sigma, sigma, top_share
+from graftlm.reporting.layers import plot_sensitivity
 from graftlm.reporting.spaces import mean_by_role, plot_spaces
 from graftlm.subspaces import read_subspaces
 from graftlm.training.config import RunConfig, SourceConfig
@@ -59,6 +61,8 @@ class Assessed:
     subspaces: dict[str, dict[str, Any]]
     """{block: {role: Subspaces}}, of the first model's P and N."""
     masking: dict[str, Any] | None = None
+    sensitivity: dict[str, Any] | None = None
+    """pruning.sensitivity.layer_sensitivity."""
     data_notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -74,13 +78,16 @@ def assess(
     samples: int = 256,
     max_length: int = 1024,
     mask: float | None = None,
+    prune_sensitivity: float | None = None,
 ) -> Path:
     """Assess `model` (and `compare`) on `samples` sequences of `data`, spread evenly over it; returns `out`.
 
     Writes activations.safetensors (LABEL/KIND/LAYER: float32 [heads or channels]), assessment.json and plots/*.png, and
     prints a table. `mask`: share of the heads and of the channels of each block that are switched off together: the
     strongest, the weakest, random ones; the loss without them is measured on other sequences of the data where there
-    are any. P and N are drawn up for K = `mask`, else for the default K.
+    are any. P and N are drawn up for K = `mask`, else for the default K. `prune_sensitivity`: share of the key-value
+    groups and channels of one layer at a time, the least important to pruning, without which the loss is measured on
+    those other sequences.
 
     Raises UserError for models and data that cannot be opened or assessed; `out` then has no assessment.json.
     """
@@ -89,7 +96,7 @@ def assess(
     found: list[Assessed] = []
     for name, label in zip(names, labels, strict=True):
         of_first = found[0].choices if found else None
-        found.append(_assess_one(name, label, data, samples, max_length, mask, of_first))
+        found.append(_assess_one(name, label, data, samples, max_length, mask, prune_sensitivity, of_first))
     out = Path(out)
     _save_activations(out / "activations.safetensors", found)
     plots = _plot(out / "plots", found)
@@ -112,6 +119,7 @@ def _assess_one(
     samples: int,
     max_length: int,
     mask: float | None,
+    prune_sensitivity: float | None,
     choices: dict[str, Choice] | None,
 ) -> Assessed:
     """`choices`: P and N whose subspaces are measured; None: the model's own."""
@@ -155,6 +163,9 @@ def _assess_one(
     if mask is not None:
         assessed.masking = _masking(model, anatomy, recorder, _batches(prepared, others or chosen, model), mask)
         assessed.masking |= {"sequences": len(others or chosen), "same_sequences": not others}
+    if prune_sensitivity is not None:
+        seen_again, measured = (_batches(prepared, numbers, model) for numbers in (chosen, others or chosen))
+        assessed.sensitivity = layer_sensitivity(model, seen_again, measured, prune_sensitivity)
     return assessed
 
 
@@ -240,6 +251,9 @@ def _save_activations(path: Path, found: Sequence[Assessed]) -> None:
 def _plot(folder: Path, found: Sequence[Assessed]) -> list[Path]:
     seen = {one.label: one.activations for one in found}
     made = [plot_activations(seen, kind, folder / f"activations_{kind}.png") for kind in ("heads", "channels")]
+    for number, one in enumerate(found):
+        if one.sensitivity is not None:
+            made.append(plot_sensitivity(one.sensitivity, folder / f"sensitivity{number or ''}.png"))
     spaces = plot_spaces({one.label: one.subspaces for one in found}, folder / "subspaces.png")
     return [path for path in (*made, plot_sigma(seen, folder / "sigma.png"), spaces) if path is not None]
 
@@ -261,6 +275,8 @@ def _print(found: Sequence[Assessed], written: Sequence[Path]) -> None:
             console.print(Text(f"note: {note}"))
         if one.masking is not None:
             console.print(_masking_table(one))
+        if one.sensitivity is not None:
+            console.print(_sensitivity_table(one))
     for path in written:
         console.print(Text(str(path)), soft_wrap=True)
 
@@ -288,4 +304,18 @@ def _masking_table(one: Assessed) -> Table:
     for name in ("none", "top", "lowest", "random"):
         loss, perplexity = masking[name]["loss"], masking[name]["perplexity"]
         table.add_row(name, f"{loss:.4f}", "inf" if perplexity is None else f"{perplexity:.4g}")
+    return table
+
+
+def _sensitivity_table(one: Assessed) -> Table:
+    """The layers that matter most and least."""
+    found = one.sensitivity or {}
+    title = f"{one.label} without {found['share']:.0%} of the key-value groups and channels of one layer"
+    table = Table("pruned", "loss", "perplexity", title=Text(title), header_style="bold")
+    ranked = sorted(found["layers"], key=lambda layer: layer["loss"])
+    uniform = [(f"{way['share']:.0%} of every layer", way) for way in found["uniform"]]
+    shown = [*ranked[-3:][::-1], *ranked[:-3][:1]]
+    for name, way in [("nothing", found["none"]), *((f"layer {way['layer']}", way) for way in shown), *uniform]:
+        perplexity = way["perplexity"]
+        table.add_row(name, f"{way['loss']:.4f}", "inf" if perplexity is None else f"{perplexity:.4g}")
     return table

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from graftlm import verbs
 from graftlm.errors import AgreedError, UserError
+from graftlm.pruning import cli as pruning
 
 MODEL_HELP = "a folder, a Hub id, a .gguf file, or the built-in smollm2 or tiny-llama"
 
@@ -178,6 +179,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-length", type=_positive, default=1024, metavar="L", help="tokens a sequence (default 1024)"
     )
     assess.add_argument("--mask", type=_share, metavar="SHARE", help="mask the top, lowest and random SHARE, e.g. 0.1")
+    alone = "the loss without SHARE of one layer, for each layer (0.5)"
+    assess.add_argument("--prune-sensitivity", type=_share, metavar="SHARE", help=alone)
 
     evaluate = verb(
         "eval",
@@ -320,6 +323,7 @@ def make_parser() -> argparse.ArgumentParser:
         "graftlm env",
         "graftlm demo --quick",
     )
+    pruning.add_verbs(verb, MODEL_HELP)
     return parser
 
 

@@ -18,7 +18,9 @@ from graftlm.methods.sparse_settings import (
     ReweightingSettings,
     S2ftSettings,
 )
-from graftlm.training.config import DistributedConfig, RunConfig, SourceConfig
+from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.shrink.config import ShrinkConfig
+from graftlm.training.config import DistillationConfig, DistributedConfig, RunConfig, SourceConfig
 
 INTRO = """\
 # Configuration
@@ -58,7 +60,10 @@ SECTIONS: tuple[tuple[str, type[Any], str], ...] = (
     ("LIFT", LiftSettings, "lift."),
     ("IST", IstSettings, "ist."),
     ("Reweighting", ReweightingSettings, "reweighting."),
+    ("Distillation", DistillationConfig, "distillation."),
     ("More than one GPU", DistributedConfig, "distributed."),
+    ("Pruning", PruneSettings, ""),
+    ("Shrinking", ShrinkConfig, ""),
 )
 """Title, class, and what stands before its keys."""
 
@@ -99,7 +104,7 @@ def _type(annotation: str) -> str:
     tree = ast.parse(annotation, mode="eval").body
     words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "None": "null"}
     words |= {kind.__name__: f"mapping, see {title} below" for title, kind, _ in SECTIONS}
-    words |= {"SourceConfig": "source, see below"}
+    words |= {"SourceConfig": "source, see below", "Node": "mapping"}
 
     def read(node: ast.expr) -> str:
         if isinstance(node, ast.BinOp):

@@ -36,6 +36,7 @@ _EXAMPLES = {
     "path": "give path: a file, a folder, or hub:OWNER/NAME",
     "base": "give base: what all arms share, e.g. {model: M, data: D}",
     "variants": "give variants: e.g. {apex: {method: apex}}",
+    "perplexity": "give perplexity: a held-out text, e.g. wikitext2/test.txt",
 }
 
 
@@ -68,13 +69,15 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), **given:
 def load_dataclass(path: str | Path, kind: type[Any], overrides: Sequence[str] = ()) -> Any:
     """Read another config dataclass in the same way. A field of type Node keeps its part of the file unread."""
     root = parse_file(str(path))
+    _normalise_sources(root)
     for keys, node in _read_overrides(overrides):
         _assign(root, keys, node)
+        _normalise_sources(root)
     return _read(root, kind, "")
 
 
-def config_from_layers(base: Node, *layers: Node) -> RunConfig:
-    """The RunConfig of a node with others laid over it, in which keys may have dots. Errors name the lines of each."""
+def config_from_layers(base: Node, *layers: Node, kind: type[Any] = RunConfig) -> Any:
+    """The config of a node with others laid over it, in which keys may have dots. Errors name the lines of each."""
     root = copy.deepcopy(base)
     if not isinstance(root, MappingNode):
         raise UserError(f"{place(base)}must be a list of `key: value` lines, e.g. model: tiny-llama")
@@ -82,7 +85,7 @@ def config_from_layers(base: Node, *layers: Node) -> RunConfig:
     for layer in layers:
         _lay(root, copy.deepcopy(layer), [])
         _normalise_sources(root)
-    return _read(root, RunConfig, "")
+    return _read(root, kind, "")
 
 
 def take(node: Node, key: str, annotation: Any = Node) -> tuple[Any, Node]:
@@ -102,8 +105,9 @@ def place_of(node: Node, key: str = "") -> str:
     return place(written or _named_by(key, node))
 
 
-def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """`config` as plain dicts, lists and scalars; its YAML, loaded again, gives an equal RunConfig."""
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """`config`, a RunConfig or another config dataclass, as plain dicts, lists and scalars; its YAML, loaded again,
+    gives an equal one."""
     return _plain(dataclasses.asdict(config))
 
 

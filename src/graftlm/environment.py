@@ -37,6 +37,12 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def hardware(environment: dict[str, Any]) -> tuple[Any, ...]:
+    """What of an environment decides how fast a run is."""
+    gpus = tuple(gpu["name"] for gpu in environment.get("gpus") or [])
+    return environment.get("platform"), environment.get("cpu_count"), environment.get("threads"), gpus
+
+
 def peak_memory_bytes() -> int:
     """Most memory held so far: by tensors on the GPU where there is one, else by this process."""
     if torch.cuda.is_available():

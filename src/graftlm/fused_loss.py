@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from graftlm.anatomy import FAMILIES
+from graftlm.anatomy import FAMILIES, model_family
 from graftlm.errors import UserError
 
 LOGITS_AT_ONCE = 2**24
@@ -91,9 +91,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def unfit(model: PreTrainedModel) -> str | None:
     """Why the loss of `model` cannot be fused; None where it can."""
-    config: Any = model.config.get_text_config()
-    if config.model_type not in FAMILIES:
-        return f"family {config.model_type} may do more to its logits than is known here"
+    family = model_family(model)
+    if family not in FAMILIES:
+        return f"family {family} may do more to its logits than is known here"
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None or "forward" in vars(head):
         return "the LM head is no plain nn.Linear without bias"
@@ -143,10 +143,14 @@ class FusedLoss:
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         targets = targets.reshape(-1).to(hidden.device)
-        total = linear_cross_entropy(hidden.flatten(0, -2), weight, targets, self._softcap)
+        total = self._sum(hidden.flatten(0, -2), weight, targets)
         items = given.get("num_items_in_batch")
         loss = total / ((targets != IGNORED).sum() if items is None else items)
         return loss.view(1, 1, 1)  # in the place of logits
+
+    def _sum(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the tokens' losses, of the arguments that linear_cross_entropy has."""
+        return linear_cross_entropy(hidden, weight, targets, self._softcap)
 
     def _loss(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = logits.view(()) if self._given is not None else self._was(logits, *args, **kwargs)

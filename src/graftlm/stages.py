@@ -26,8 +26,19 @@ class StageClock:
                     f"apex.stage_length: give it, or {unit}, so that {config.stages} stages can be laid out"
                 )
             self.length = total / config.stages
-        if config.stage_by == "steps" and self.length is not None and self.length < 1:
-            raise UserError(f"apex.stages: {config.stages} stages do not fit in {total_steps} steps")
+        self._check(total_steps)
+
+    def begin_at(self, step: int, total_steps: int) -> None:
+        """Count from `step` on, which takes no stage yet, and lay out stages by steps over the `total_steps` after
+        it: a phase of a longer run."""
+        self.step, self.starts = step, [step]
+        if self.config.stage_by == "steps" and self.config.stage_length is None and self.config.stages > 1:
+            self.length = total_steps / self.config.stages
+        self._check(total_steps)
+
+    def _check(self, total_steps: int | None) -> None:
+        if self.config.stage_by == "steps" and self.length is not None and self.length < 1:
+            raise UserError(f"apex.stages: {self.config.stages} stages do not fit in {total_steps} steps")
 
     def due(self, *, epoch: float | None, tokens: int) -> bool:
         """Whether the next stage should begin now, after the step just taken."""
@@ -40,7 +51,7 @@ class StageClock:
             if epoch is None:
                 raise UserError("apex.stage_by: stages by epochs need advance(epoch=...) with the epochs passed so far")
             return epoch >= boundary - 1e-6  # an epoch's last step may read 0.9999999
-        return self.step >= round(boundary)
+        return self.step >= self.starts[0] + round(boundary)
 
     def next_stage(self) -> None:
         self.stage += 1

@@ -56,7 +56,8 @@ def data(args: argparse.Namespace) -> None:
 def assess(args: argparse.Namespace) -> None:
     from graftlm import assess as assessment
 
-    kwargs = {"samples": args.samples, "max_length": args.max_length, "mask": args.mask}
+    names = ("samples", "max_length", "mask", "prune_sensitivity")
+    kwargs = {name: getattr(args, name) for name in names}
     assessment.assess(args.model, args.data, args.out, compare=args.compare, **kwargs)
 
 

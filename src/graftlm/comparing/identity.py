@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,26 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     """
     settings = {key: value for key, value in config_to_dict(config).items() if key not in NOT_PART}
     for key in SOURCES:
-        settings[key] = [
-            {**entry, "path": _source_name(source), "content": _source_content(source)}
-            for entry, source in zip(settings[key], getattr(config, key), strict=True)
-        ]
+        settings[key] = content_of_sources(getattr(config, key))
     for key in ("model", "chat_template"):
-        path = Path(str(settings[key])).expanduser()
-        if settings[key] is not None and path.exists():
-            settings[key] = {"path": path.resolve().name, "content": path_content(path)}
+        settings[key] = by_content(settings[key])
     return settings
+
+
+def content_of_sources(sources: Sequence[SourceConfig]) -> list[dict[str, Any]]:
+    """Sources of data with the content of their files."""
+    return [
+        {**dataclasses.asdict(source), "path": _source_name(source), "content": _source_content(source)}
+        for source in sources
+    ]
+
+
+def by_content(name: str | None) -> Any:
+    """A file or folder with its content; what is not here (a model of the Hub, a built-in one) by its name."""
+    path = Path(str(name)).expanduser()
+    if name is None or not path.exists():
+        return name
+    return {"path": path.resolve().name, "content": path_content(path)}
 
 
 def key_of(settings: Mapping[str, Any]) -> str:

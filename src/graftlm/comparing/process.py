@@ -90,22 +90,40 @@ def _train(config: RunConfig, log: Path, seconds: float | None, say: Callable[[s
     given = folder / "given.yaml"
     write_text(given, dump_yaml(config))
     resume = (folder / "checkpoints").exists()
-    _watch(start_training(given, resume=resume, lean=True, **STREAMS), log, seconds, say)
+    watch(start_training(given, resume=resume, lean=True, **STREAMS), log, seconds, say)
     given.unlink(missing_ok=True)
 
 
 def _evaluate(
     folder: Path, tasks: Mapping[str, Any], log: Path, seconds: float | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    out = folder / "tasks.json"
-    options = {"--limit": tasks["limit"], "--data-dir": tasks["data_dir"]}
-    given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
-    command = [sys.executable, "-m", "graftlm", "eval", str(folder / "model"), "--tasks", ",".join(tasks["asked"])]
-    _watch(subprocess.Popen([*command, *given, "--out", str(out)], **STREAMS), log, seconds, say)
-    return {"asked": list(tasks["asked"]), "limit": tasks["limit"], "results": read_json(out)["results"]}
+    report = evaluate(str(folder / "model"), folder / "tasks.json", task_options(tasks), log, seconds, say)
+    return {"asked": list(tasks["asked"]), "limit": tasks["limit"], "results": report["results"]}
 
 
-def _watch(process: "subprocess.Popen[bytes]", log: Path, seconds: float | None, say: Callable[[str], None]) -> None:
+def task_options(tasks: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Options of `graftlm eval` for tasks: asked (names), limit and data_dir."""
+    names = [("--tasks", ",".join(tasks["asked"]))] if tasks["asked"] else []
+    return [*names, ("--limit", tasks["limit"]), ("--data-dir", tasks["data_dir"])]
+
+
+def evaluate(
+    model: str,
+    out: Path,
+    options: Sequence[tuple[str, Any]],
+    log: Path,
+    seconds: float | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """`graftlm eval model` in a process of its own: what it wrote to `out`. Options that are None are left out."""
+    given = [word for name, value in options if value is not None for word in (name, str(value))]
+    command = [sys.executable, "-m", "graftlm", "eval", model, *given, "--out", str(out)]
+    watch(subprocess.Popen(command, **STREAMS), log, seconds, say)
+    report: dict[str, Any] = read_json(out)
+    return report
+
+
+def watch(process: "subprocess.Popen[bytes]", log: Path, seconds: float | None, say: Callable[[str], None]) -> None:
     """Wait for a process, its stderr going to `log` and `say`; interrupt it when the seconds are over."""
     tail: collections.deque[str] = collections.deque(maxlen=TAIL)
     late = threading.Event()

@@ -1,28 +1,47 @@
 """What a comparison leaves in its folder: comparison.json, tables as CSV and LaTeX, plots, and report.html."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from graftlm.comparing.plots import alt, draw
-from graftlm.comparing.tables import csv_text, interval, latex_text, signed, tables
+from graftlm.comparing.tables import Table, csv_text, interval, latex_of, signed, tables
 from graftlm.files import write_json, write_text
-from graftlm.reporting.report import Plot, inline, template
+from graftlm.reporting.page import Plot, inline, template
 
 
 def write_outputs(folder: Path, summary: dict[str, Any]) -> list[Path]:
     """Write everything that is made from comparison.json; returns the files a person may want to open."""
-    write_json(folder / "comparison.json", summary)
-    write_text(folder / "comparison.csv", csv_text(summary))
-    write_text(folder / "comparison.tex", latex_text(summary))
     plots = [Plot(alt(path), inline(path)) for path in draw(summary, folder / "plots")]
+    intro = (
+        f"{len(summary['arms'])} arms, seeds {', '.join(map(str, summary['seeds']))}; runs of one seed see the same "
+        "tokens in the same order. The control is plain training with the same schedule."
+    )
+    return write_files(folder, summary, headline(summary), intro, tables(summary), csv_text(summary), plots)
+
+
+def write_files(
+    folder: Path,
+    summary: dict[str, Any],
+    title: str,
+    intro: str,
+    shown: Sequence[Table],
+    csv_lines: str,
+    plots: Sequence[Plot],
+) -> list[Path]:
+    """comparison.json, .csv, .tex and report.html of any comparison; returns them."""
+    write_json(folder / "comparison.json", summary)
+    write_text(folder / "comparison.csv", csv_lines)
+    write_text(folder / "comparison.tex", latex_of(shown))
     context = {
-        "title": headline(summary),
+        "title": title,
+        "intro": intro,
         "folder": str(folder),
         "summary": summary,
         "plots": plots,
-        "tables": tables(summary),
+        "tables": shown,
         "versions": yaml.safe_dump(summary["versions"], sort_keys=False) if summary["versions"] else "",
     }
     write_text(folder / "report.html", template("compare.html").render(context))

@@ -1,28 +1,26 @@
 """Runs what a comparison still needs, one run at a time; what is finished is never run again."""
 
-import contextlib
 import dataclasses
-import fcntl
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from graftlm.comparing.cells import Cell, Cells
 from graftlm.comparing.config import load_comparison
 from graftlm.comparing.identity import settings_of
-from graftlm.comparing.process import OutOfTime, RunFailed, check_writable, discard, run_record, seconds_spent
+from graftlm.comparing.loop import Say, alone, close, print_plan, run_open
+from graftlm.comparing.process import check_writable, discard, run_record, seconds_spent
 from graftlm.comparing.report import write_outputs
 from graftlm.comparing.results import Record, Results
 from graftlm.comparing.summary import summarise
 from graftlm.comparing.tables import print_tables
-from graftlm.environment import describe_environment
+from graftlm.environment import describe_environment, hardware
 from graftlm.errors import UserError
 from graftlm.reporting import figures
+from graftlm.yaml_nodes import child_of, parse_file
 
 
 def compare(
@@ -35,6 +33,8 @@ def compare(
 ) -> dict[str, Any]:
     """Run what the comparison in `path` still needs, and write its tables and report; returns comparison.json.
 
+    A file with the key `prune` or `shrink` compares ways of pruning (comparing/pruning), any other ways of training.
+
     minutes: start no run that would not fit, and interrupt one that does not end in time; what was finished stays, and
     the next call goes on. dry_run: only say what would be run (returns what is known so far).
 
@@ -42,6 +42,10 @@ def compare(
     been run and written, for runs that failed.
     """
     console = console or Console()
+    if any(child_of(parse_file(str(path)), key) is not None for key in ("prune", "shrink")):
+        from graftlm.comparing.pruning.runner import compare_pruning  # here: it imports this module
+
+        return compare_pruning(path, overrides, minutes=minutes, dry_run=dry_run, console=console)
     comparison = load_comparison(path, overrides)
     results = Results(comparison.results_path)
     failed: dict[str, str] = {}
@@ -49,93 +53,51 @@ def compare(
     if dry_run:
         _print_plan(cells, console)
         return summarise(comparison, cells, failed)
-    _check_tasks(cells)
+    if any(cell.wants_tasks for cell in cells.open()):
+        check_tasks(comparison.settings.tasks, comparison.settings.task_data_dir, comparison.settings.task_limit)
     check_writable(comparison.folder)
-    with _alone(comparison.folder):
+    with alone(comparison.folder):
         run_cells(cells, failed, minutes, console)
         summary = summarise(comparison, cells, failed)
         written = write_outputs(comparison.folder, summary)
     print_tables(summary, console)
-    for file in written:
-        console.print(str(file), soft_wrap=True, highlight=False)
-    left = cells.open()
-    if left:
-        console.print(f"left to run: {len(left)}, {left[0].title} next; the same command goes on", highlight=False)
-    if failed:
-        raise UserError(
-            f"{len(failed)} of the comparison's runs failed: {next(iter(failed.values()))}; the others are in "
-            f"{comparison.folder}, and the same command tries the failed ones again"
-        )
+    close(written, cells.open(), failed, comparison.folder, console)
     return summary
 
 
 def run_cells(cells: Cells, failed: dict[str, str], minutes: float | None, console: Console) -> None:
     """Run open cells in order, for so many minutes. A failed run is put into `failed`, and the others go on."""
     settings = cells.comparison.settings
-    end = None if minutes is None else time.monotonic() + 60 * minutes
     asked = {"asked": settings.tasks, "limit": settings.task_limit, "data_dir": settings.task_data_dir}
-    while todo := cells.open():
-        left = None if end is None else end - time.monotonic()
-        guesses = Guesses(cells)
-        cell = next((one for one in todo if left is None or guesses.still(one) < left), None)
-        if cell is None or (left is not None and left <= 0):
-            shortest = figures.duration(min(map(guesses.still, todo)))
-            rest = (
-                f"; of {minutes:g} min {figures.duration(left)} are left, and the shortest run takes about {shortest}"
-            )
-            console.print("the time is up" + (rest if cell is None else ""), highlight=False)
-            return
+
+    def run(cell: Cell, left: float | None, say: Say) -> str:
         _check_unchanged(cell)
         folder = cells.run_folder(cell)
         config = dataclasses.replace(cell.config, output_dir=str(folder))
-        with console.status(cell.title) as status:
-
-            def say(line: str, status: Any = status, title: str = cell.title) -> None:
-                status.update(f"{title}: {line[:100]}")
-
-            try:
-                record = run_record(
-                    config,
-                    cell.settings,
-                    tasks=asked if cell.wants_tasks else None,
-                    seconds_left=left,
-                    say=say,
-                )
-            except OutOfTime:
-                console.print(f"the time is up; {cell.title} goes on from its last checkpoint", highlight=False)
-                return
-            except RunFailed as error:
-                failed[cell.key] = f"{cell.title}: {error}"
-                console.print(f"failed: {failed[cell.key]}", highlight=False, markup=False)
-                continue
+        tasks = asked if cell.wants_tasks else None
+        record = run_record(config, cell.settings, tasks=tasks, seconds_left=left, say=say)
         cells.results.put(cell.key, record)
         if not settings.keep:
             discard(folder)
-        console.print(
-            f"{cell.title}: loss {figures.loss(record['eval_loss_end'])} in {figures.duration(record['wall_seconds'])} "
-            f"({len(cells.open())} known runs left)",
-            highlight=False,
-            soft_wrap=True,
-        )
+        return f"loss {figures.loss(record['eval_loss_end'])} in {figures.duration(record['wall_seconds'])}"
+
+    run_open(cells.open, lambda: Guesses(cells).still, run, failed, minutes, console)
 
 
-def _check_tasks(cells: Cells) -> None:
-    """Find tasks that are unknown or without data before the first run is trained, and not after it."""
-    settings = cells.comparison.settings
-    if not any(cell.wants_tasks for cell in cells.open()):
-        return
+def check_tasks(tasks: Sequence[str], data_dir: str | None, limit: int | None) -> None:
+    """Find tasks that are unknown or without data before the first run, and not after it: a UserError."""
     from graftlm.evaluation.task_lists import HUMANEVAL  # here: the harness takes seconds
     from graftlm.evaluation.tasks import parse_tasks, prepare_tasks
 
-    asked = parse_tasks(settings.tasks)
+    asked = parse_tasks(tasks)
     if any(one.name == HUMANEVAL for one in asked):
         raise UserError(
             f"tasks: {HUMANEVAL}: a comparison runs no programs that models wrote; leave it out, set keep: true, and "
             "run graftlm eval on the models"
         )
-    if settings.task_data_dir is not None and not Path(settings.task_data_dir).is_dir():
-        raise UserError(f"task_data_dir: {settings.task_data_dir}: no such folder")
-    prepare_tasks(asked, data_dir=settings.task_data_dir, limit=settings.task_limit)
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise UserError(f"task_data_dir: {data_dir}: no such folder")
+    prepare_tasks(asked, data_dir=data_dir, limit=limit)
 
 
 def _check_unchanged(cell: Cell) -> None:
@@ -155,7 +117,7 @@ class Guesses:
         self._cells = cells
         self._taken: dict[str, list[float]] = {}
         for record in cells.results.records():
-            if hardware(record["environment"]) == here:
+            if "steps" in record and hardware(record["environment"]) == here:  # no training: it was pruned
                 for name in (record["method"], ""):
                     self._taken.setdefault(name, []).append(record["wall_seconds"] / record["steps"])
 
@@ -172,36 +134,10 @@ class Guesses:
         return max(0.0, (self.seconds(cell) or 0.0) - seconds_spent(self._cells.run_folder(cell)))
 
 
-def hardware(environment: dict[str, Any]) -> tuple[Any, ...]:
-    """What of an environment decides how fast a run is."""
-    gpus = tuple(gpu["name"] for gpu in environment.get("gpus") or [])
-    return environment.get("platform"), environment.get("cpu_count"), environment.get("threads"), gpus
-
-
 def _print_plan(cells: Cells, console: Console) -> None:
     guesses = Guesses(cells)
-    table = Table("run", "state", "about", header_style="bold")
-    total = 0.0
+    rows = []
     for cell in cells.wanted():
         record: Record | None = cells.record(cell)
-        guess = guesses.seconds(cell)
-        total += 0.0 if record or guess is None else guess
-        taken = figures.duration(record["wall_seconds"] if record else guess)
-        table.add_row(cell.title, "finished" if record else "to run", taken)
-    console.print(table)
-    console.print(f"{len(cells.open())} to run, {figures.duration(total)} as far as known", highlight=False)
-    for note in cells.comparison.notes:
-        console.print(f"note: {note}", highlight=False)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Refuse to run beside another process in the same folder."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: another comparison is running there; wait, or give another output_dir"
-            ) from error
-        yield
+        rows.append((cell.title, record["wall_seconds"] if record else None, guesses.seconds(cell)))
+    print_plan(rows, cells.comparison.notes, console)

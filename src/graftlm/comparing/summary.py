@@ -44,8 +44,8 @@ def summarise(comparison: Comparison, cells: Cells, failed: Mapping[str, str]) -
         "notes": list(dict.fromkeys(notes)),
         "failed": list(failed.values()),
         "open": len(cells.open()),
-        "hardware": _different([_hardware_text(record) for record in records]),
-        "commits": _different([commit for record in records if (commit := record["environment"].get("git_commit"))]),
+        "hardware": different([hardware_text(record) for record in records]),
+        "commits": different([commit for record in records if (commit := record["environment"].get("git_commit"))]),
         "versions": records[0]["environment"].get("packages", {}) if records else {},
         "tasks": list(comparison.settings.tasks),
     }
@@ -109,14 +109,14 @@ def _arm(
         "matched": arm.matched,
         "learning_rate": rate if arm.config.apex.stage_learning_rates is None else None,
         "rates": _rates(arm, cells),
-        "loss": _mean(losses),
-        "loss_start": _mean({seed: record["eval_loss_start"] for seed, record in own.items()}),
+        "loss": mean_by_seed(losses),
+        "loss_start": mean_by_seed({seed: record["eval_loss_start"] for seed, record in own.items()}),
         **{
-            key: _mean({seed: record[key] for seed, record in own.items()})
+            key: mean_by_seed({seed: record[key] for seed, record in own.items()})
             for key in ("tokens", "seconds", "peak_memory_bytes", "trainable_parameters", "trainable_fraction")
         },
         "curve": _mean_curve(list(own.values())),
-        "tasks": _tasks(own, runs[arm.matched] if arm.matched else {}),
+        "tasks": task_scores(own, runs[arm.matched] if arm.matched else {}),
     }
     if len(arm.learning_rates) > 1 and rate in (min(arm.learning_rates), max(arm.learning_rates)):
         notes.append(f"{arm.name}: the chosen learning rate {rate:g} is at the end of those tried; try further ones")
@@ -130,10 +130,10 @@ def _arm(
             f"{len(control.learning_rates)}: a part of the difference may come from that; give learning_rates at the "
             "top"
         )
-    entry["difference"] = _paired(losses, {seed: record["eval_loss_end"] for seed, record in other.items()})
+    entry["difference"] = paired_differences(losses, {seed: record["eval_loss_end"] for seed, record in other.items()})
     if rate is not None and rate != cells.chosen_rate(control) and rate in control.learning_rates:
         at_rate = {seed: cells.record(cells.cell(control, seed, rate)) for seed in losses}
-        entry["difference_at_same_rate"] = _paired(
+        entry["difference_at_same_rate"] = paired_differences(
             losses, {seed: record["eval_loss_end"] for seed, record in at_rate.items() if record}
         )
     paired = (entry["difference"] or {"n": 0})["n"]
@@ -147,7 +147,7 @@ def _arm(
     return entry
 
 
-def _mean(by_seed: Mapping[int, Any]) -> dict[str, Any] | None:
+def mean_by_seed(by_seed: Mapping[int, Any]) -> dict[str, Any] | None:
     if not by_seed or any(value is None for value in by_seed.values()):
         return None
     values = list(by_seed.values())
@@ -167,7 +167,7 @@ def _rates(arm: Arm, cells: Cells) -> list[dict[str, Any]]:
     return rows
 
 
-def _paired(own: Mapping[int, float], other: Mapping[int, float]) -> dict[str, Any] | None:
+def paired_differences(own: Mapping[int, float], other: Mapping[int, float]) -> dict[str, Any] | None:
     """own - other, over the seeds that both have."""
     gaps = {seed: own[seed] - other[seed] for seed in own if seed in other}
     if not gaps:
@@ -183,13 +183,13 @@ def _time_ratio(
     """Seconds over the control's, of the seeds at which both ran on the same hardware."""
     pairs = {seed: (own[seed], other[seed]) for seed in own if seed in other}
     alike = {
-        seed: a["seconds"] / b["seconds"] for seed, (a, b) in pairs.items() if _hardware_text(a) == _hardware_text(b)
+        seed: a["seconds"] / b["seconds"] for seed, (a, b) in pairs.items() if hardware_text(a) == hardware_text(b)
     }
     if len(alike) < len(pairs):
         notes.append(
             f"{name}: {len(pairs) - len(alike)} of its runs had other hardware than the control's; no time ratio"
         )
-    return _mean(alike)
+    return mean_by_seed(alike)
 
 
 def _plain_curve(control: Arm, cells: Cells) -> dict[str, Any] | None:
@@ -230,7 +230,7 @@ def _mean_curve(records: Sequence[Record]) -> dict[str, list[float]] | None:
     return {key: np.mean([curve[key] for curve in alike], axis=0).tolist() for key in ("tokens", "seconds", "loss")}
 
 
-def _tasks(own: Mapping[int, Record], other: Mapping[int, Record]) -> dict[str, Any]:
+def task_scores(own: Mapping[int, Record], other: Mapping[int, Record]) -> dict[str, Any]:
     """Task -> its metric, mean over seeds and paired difference."""
     found: dict[str, Any] = {}
     names = [name for record in own.values() for name in record["tasks"].get("results", {})]
@@ -246,7 +246,7 @@ def _tasks(own: Mapping[int, Record], other: Mapping[int, Record]) -> dict[str, 
             }
             for some in (own, other)
         )
-        found[name] = {"metric": metric, **(_mean(mine) or {}), "difference": _paired(mine, theirs)}
+        found[name] = {"metric": metric, **(mean_by_seed(mine) or {}), "difference": paired_differences(mine, theirs)}
     return found
 
 
@@ -254,12 +254,12 @@ def _metric(values: Mapping[str, Any]) -> str:
     return next((key for key in PREFERRED if key in values), str(values.get("main_metric")))
 
 
-def _hardware_text(record: Record) -> str:
+def hardware_text(record: Record) -> str:
     environment = record["environment"]
     gpus = ", ".join(gpu["name"] for gpu in environment.get("gpus") or [])
     cpus = f"{environment.get('cpu_count')} CPU cores, {environment.get('threads')} threads"
     return f"{gpus + '; ' if gpus else ''}{cpus}; {environment.get('platform')}"
 
 
-def _different(values: Sequence[str]) -> list[str]:
+def different(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(values))

@@ -153,17 +153,22 @@ def _of(arm: Row, key: str) -> Any:
 
 
 def print_tables(summary: dict[str, Any], console: Console) -> None:
-    """All tables and notes on the console; where it is too narrow, numbers are broken but never cut."""
+    """All tables and notes of a comparison on the console."""
+    show_tables(tables(summary), [*summary["notes"], *(f"failed: {text}" for text in summary["failed"])], console)
+
+
+def show_tables(shown_tables: Sequence[Table], notes: Sequence[str], console: Console) -> None:
+    """Tables and notes on the console; where it is too narrow, numbers are broken but never cut."""
     if not console.is_terminal:  # rich takes 80 characters for the width of a file
         console = Console(file=console.file, width=max(console.width, WIDE))
-    for table in tables(summary):
+    for table in shown_tables:
         shown = RichTable(title=table.title, title_justify="left", header_style="bold", caption=table.note)
         for number, name in enumerate(table.header):
             shown.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
         for row in table.rows:
             shown.add_row(*map(Text, row))
         console.print(shown)
-    for note in [*summary["notes"], *(f"failed: {text}" for text in summary["failed"])]:
+    for note in notes:
         console.print(Text(f"note: {note}"))
 
 
@@ -195,9 +200,14 @@ LATEX = {
 
 
 def latex_text(summary: dict[str, Any]) -> str:
-    """Every table as a tabular with booktabs' rules."""
+    """Every table of a comparison as a tabular."""
+    return latex_of(tables(summary))
+
+
+def latex_of(shown_tables: Sequence[Table]) -> str:
+    """Tables as tabulars with booktabs' rules."""
     parts = ["% needs \\usepackage{booktabs}"]
-    for table in tables(summary):
+    for table in shown_tables:
         lines = [
             f"% {table.title}: {table.note}",
             f"\\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",

@@ -32,6 +32,8 @@ class PruneStep:
     layer_importance: tuple[float, ...] | None
     """Of every layer, before it (Adapt-Pruner eq. 5); None where the method has none."""
     seconds: float
+    iterations: int = 1
+    """How many there are in all."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
 """How a model is pruned: the settings of every way of doing it, checked when made. Imports nothing heavy."""
 
+import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal, get_args
+
+from graftlm.errors import UserError
 
 MethodName = Literal[
     "adapt", "llm-pruner", "flap", "slicegpt", "shortgpt", "minitron", "sheared", "magnitude", "random", "wina"
@@ -9,19 +13,26 @@ MethodName = Literal[
 METHODS: tuple[str, ...] = get_args(MethodName)
 Rule = Literal["cumulative", "literal"]
 Similarity = Literal["cosine", "euclidean", "manhattan"]
+SAMPLES = 10
 PRESETS: dict[str, dict[str, Any]] = {"authors-code": {"samples": 512}}
 
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """What is removed, and how it is chosen (Adapt-Pruner, sections 3.1 and 3.2)."""
+    """Settings of the verb prune: what goes, and how it is chosen (Adapt-Pruner, sections 3.1 and 3.2).
+
+    Raises UserError for a value out of range.
+    """
 
     method: MethodName = "adapt"
     """How: adapt (Adapt-Pruner), a method it is compared with, or a control (magnitude, random, wina)."""
     sparsity: float | None = None
-    """Share of every kind of component that goes over all layers, 0 to 1; give this or target_parameters."""
+    """Share of the parameters of heads and channels that goes, 0 to 1; give this or target_parameters."""
     target_parameters: int | None = None
     """Parameters of the model that comes out, at most; as close below as one component allows."""
+    exact: bool = True
+    """The layers' sparsities are shifted alike until their sum meets the target. False: as published, every layer keeps
+    int(n (1 - s)) of its components, whatever the sum (needs sparsity)."""
     uniform: bool | None = None
     """Every layer loses the same share; None: as the method does."""
     iterations: int | None = None
@@ -32,15 +43,70 @@ class PruneSettings:
     """Sparsity of a layer: cumulative adds S/T - A I at every iteration (the authors' code); literal is S - A I."""
     similarity: Similarity = "cosine"
     """Of a layer's input and output: the more alike, the less the layer matters."""
-    samples: int = 10
-    """Calibration sequences an iteration, drawn anew each time (512 in the paper: preset authors-code)."""
+    samples: int = 0
+    """Calibration sequences an iteration, drawn anew each time; 0: the preset's, 10 without (512 in the paper)."""
     sample_length: int = 64
     """Tokens a calibration sequence."""
     width_multiple: int = 1
     """Channels of every FFN are a multiple of this (GGUF's Q8_0 needs 32, its K-quants 256)."""
+    min_channels: int = 1
+    """Channels that a layer's FFN keeps at least (rounded up to width_multiple); 0: a layer may lose its FFN."""
     min_groups: int = 1
     """Key-value groups that a layer keeps at least; 0: a layer may lose its attention."""
     preset: str | None = None
-    """Named settings, which the others given here override: authors-code."""
+    """Named settings, which the others given here override: authors-code (512 samples)."""
     seed: int = 0
-    """Of the calibration sequences, and of the random method."""
+    """Of the calibration sequences, of the random method, and of the gates of sheared."""
+    flap_compensation: bool = True
+    """flap: what the removed components gave on average becomes a bias of the output projections (no stock class)."""
+    sheared_steps: int = 100
+    """sheared: training steps of the masks, each on the sequences of a calibration iteration (3200 in the paper)."""
+    sheared_gate_rate: float = 0.1
+    """sheared: learning rate of the gates (1.0 in the paper, whose training is 32 times as long)."""
+    sheared_multiplier_rate: float = 1.0
+    """sheared: learning rate of the Lagrange multipliers."""
+    sheared_weight_rate: float = 1e-4
+    """sheared: peak learning rate of the weights that are trained along; 0: only the gates are trained."""
+
+    def __post_init__(self) -> None:
+        self._check_names()
+        if self.samples == 0:
+            object.__setattr__(self, "samples", PRESETS.get(self.preset or "", {}).get("samples", SAMPLES))
+        if (self.sparsity is None) == (self.target_parameters is None):
+            raise UserError("prune: give sparsity (such as 0.2) or target_parameters (such as 100M), one of the two")
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise UserError(f"prune: sparsity {self.sparsity} must be between 0 and 1, e.g. 0.2")
+        if not self.exact and self.sparsity is None:
+            raise UserError("prune: exact: false meets no target_parameters; give sparsity")
+        if self.amplitude < 0:
+            raise UserError(
+                f"prune: amplitude {self.amplitude} must not be negative; 0 is no difference between layers"
+            )
+        lowest = {"target_parameters": 1, "iterations": 1, "samples": 1, "sample_length": 2, "width_multiple": 1}
+        for name, least in {**lowest, "min_groups": 0, "min_channels": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"prune: {name} {value} must be at least {least}")
+        for name in ("sheared_steps", "sheared_gate_rate", "sheared_multiplier_rate"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"prune: {name} {getattr(self, name)} must be above 0")
+        if not self.sheared_weight_rate >= 0:
+            raise UserError(f"prune: sheared_weight_rate {self.sheared_weight_rate} must not be negative")
+
+    def _check_names(self) -> None:
+        choices = {"method": METHODS, "rule": get_args(Rule), "similarity": get_args(Similarity), "preset": PRESETS}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known and not (name == "preset" and value is None):
+                raise UserError(f"prune: {name} {value!r} is not known; there are {', '.join(known)}")
+
+
+def parameter_count(text: str) -> int:
+    """A number of parameters as people write it: 134515008, 100M, 1.5B, 134_515_008. ValueError for anything else."""
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kKmMbBgG]?)", text.strip())
+    exponent = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9}
+    if found:
+        exact = Decimal(found[1].replace("_", "").replace(",", "")) * 10 ** exponent[found[2].lower()]
+        if exact == int(exact):
+            return int(exact)
+    raise ValueError(f"{text!r} is no number of parameters; write it as 100M, 1.5B or 134515008")

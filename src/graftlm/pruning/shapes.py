@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from graftlm.anatomy import PER_LAYER, read_anatomy
 from graftlm.errors import UserError
+
+LAYER_LISTS = ("layer_types", "no_rope_layers")
+"""Fields of configs that have one entry a layer."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,13 @@ def shapes_of(model: nn.Module) -> list[LayerShape]:
     return [LayerShape(**w, output_biases=b) for w, b in zip(widths, biases, strict=True)]
 
 
-def shaped_config(config: PretrainedConfig, shapes: Sequence[LayerShape], head_dim: int) -> PretrainedConfig:
+def shaped_config(
+    config: PretrainedConfig, shapes: Sequence[LayerShape], head_dim: int, layers: Sequence[int] | None = None
+) -> PretrainedConfig:
     """A config like `config` for layers of `shapes`: stock where all layers are alike and the stock family takes it,
     of the per-layer family otherwise (pruning/per_layer_modeling.py).
+
+    `layers`: which of the layers of `config` these are, ascending; None: all.
 
     Raises UserError for a family that has no per-layer class.
     """
@@ -64,14 +72,14 @@ def shaped_config(config: PretrainedConfig, shapes: Sequence[LayerShape], head_d
     for key in ("model_type", "per_layer_config", "auto_map", "architectures"):
         given.pop(key, None)
     given |= {"num_hidden_layers": len(shapes), "head_dim": head_dim}
-    if (types := given.get("layer_types")) is not None and len(types) != len(shapes):
-        raise ValueError("layer_types must be shortened with the layers that go")
+    if layers is not None:
+        given |= {key: [given[key][i] for i in layers] for key in LAYER_LISTS if given.get(key) is not None}
     first = shapes[0]
     if len(set(shapes)) == 1 and first.num_attention_heads and first.intermediate_size and not first.output_biases:
         stock: Any = per_layer_class.__mro__[2]
         try:
             return _with_settings(stock(**{**given, **first.overrides()}), config)
-        except ValueError:  # a stock check, such as heads that must divide the hidden size
+        except (ValueError, StrictDataclassError):  # a stock check, such as heads that must divide the hidden size
             pass
     overrides = {i: shape.overrides() for i, shape in enumerate(shapes)}
     return _with_settings(per_layer_class(**given, per_layer_config=overrides), config)
@@ -85,5 +93,5 @@ def _with_settings(new: PretrainedConfig, old: PretrainedConfig) -> PretrainedCo
 
 def head_dim_of(model: PreTrainedModel) -> int:
     """Width of a head: the same in every layer."""
-    block = next(read_anatomy(model, smallest=1).of_kind("heads"))
-    return block.width
+    block = next(read_anatomy(model, smallest=1).of_kind("heads"), None)
+    return int(model.config.head_dim) if block is None else block.width

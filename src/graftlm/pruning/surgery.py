@@ -1,6 +1,7 @@
 """Taking components out of a model: a new one, of the shape that remains, holding the remaining weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from graftlm.anatomy import Block, read_anatomy
+from graftlm.anatomy import Block, decoder_layers, read_anatomy
 from graftlm.errors import UserError
+from graftlm.pruning.per_layer_modeling import output_projections
 from graftlm.pruning.shapes import LayerShape, head_dim_of, shaped_config, shapes_of
 
 
@@ -34,6 +36,63 @@ def keep_components(model: PreTrainedModel, kept: Mapping[str, Tensor]) -> PreTr
     slices = kept_slices(model, kept)
     config = shaped_config(model.config, _shapes_after(model, kept), head_dim_of(model))
     return rebuilt(model, config, lambda name, tensor: _sliced(tensor, slices.get(name)))
+
+
+@torch.no_grad()
+def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A model of only the decoder layers `layers` (from 0, each once), which stay in ascending order.
+
+    What is left of `model` must not be used afterwards. Raises UserError for a layer that does not exist, for none,
+    and for a family without a per-layer class.
+    """
+    path, old = decoder_layers(model)
+    ids = sorted(layers)
+    if not ids or len(set(ids)) != len(ids) or not 0 <= ids[0] <= ids[-1] < len(old):
+        raise UserError(f"prune: there are layers 0 to {len(old) - 1}, of which some stay, each once: not {ids}")
+    shapes = shapes_of(model)
+    config = shaped_config(model.config, [shapes[i] for i in ids], head_dim_of(model), ids)
+    places = {f"{path}.{i}": f"{path}.{place}" for place, i in enumerate(ids)}
+
+    def renamed(name: str) -> str | None:
+        if not name.startswith(f"{path}."):
+            return name
+        layer, _, within = name[len(path) + 1 :].partition(".")
+        place = places.get(f"{path}.{layer}")
+        return None if place is None else f"{place}.{within}"
+
+    return rebuilt(model, config, lambda _, tensor: tensor, renamed)
+
+
+@torch.no_grad()
+def add_output_biases(
+    model: PreTrainedModel, biases: Mapping[int, tuple[Tensor | None, Tensor | None]]
+) -> PreTrainedModel:
+    """A model whose output projections add constants (bias compensation: FLAP, section 3.4).
+
+    Where a projection has a bias already, the constant is added to it.
+
+    Args:
+        model: left without its weights; do not use it afterwards.
+        biases: by layer, what its attention and its FFN add: float [hidden size] each, None for nothing. The layers
+            named here get both biases, which is what config.json can say.
+
+    Raises UserError for a layer that does not exist, and for a family without a per-layer class.
+    """
+    _, layers = decoder_layers(model)
+    shapes = shapes_of(model)
+    for i in biases:
+        if not 0 <= i < len(layers):
+            raise UserError(f"prune: biases for layer {i}; there are layers 0 to {len(layers) - 1}")
+        shapes[i] = replace(shapes[i], output_biases=True)
+    config = shaped_config(model.config, shapes, head_dim_of(model))
+    for i, given in biases.items():
+        for output, bias in zip(output_projections(layers[i]), given, strict=True):
+            if output.bias is None:
+                zeros = output.weight.new_zeros(output.out_features)
+                output.bias = nn.Parameter(zeros, requires_grad=output.weight.requires_grad)
+            if bias is not None:
+                output.bias.add_(bias.to(output.bias))
+    return rebuilt(model, config, lambda _, tensor: tensor)
 
 
 def kept_slices(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, tuple[int, Tensor]]:
@@ -66,8 +125,14 @@ def kept_slices(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, tuple
     return slices
 
 
-def rebuilt(model: PreTrainedModel, config: Any, part: Any) -> PreTrainedModel:
-    """A model of `config` with the tensors of `model`: `part(name, tensor)` gives each, or None where it goes.
+def rebuilt(
+    model: PreTrainedModel,
+    config: Any,
+    part: Callable[[str, Tensor], Tensor | None],
+    renamed: Callable[[str], str | None] = lambda name: name,
+) -> PreTrainedModel:
+    """A model of `config` with the tensors of `model`: `part(name, tensor)` gives each, or None where it goes;
+    `renamed(name)` says where it goes, or None.
 
     Weights are moved one by one, so that no second model is ever held; `model` is empty afterwards. Parameters keep
     dtype, device and requires_grad, and lose their gradients. Raises ValueError where the two do not fit.
@@ -75,18 +140,21 @@ def rebuilt(model: PreTrainedModel, config: Any, part: Any) -> PreTrainedModel:
     with torch.device("meta"), no_init_weights():
         new: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     wanted = dict(new.named_parameters())
-    for name, parameter in list(model.named_parameters()):
-        tensor = part(name, parameter.data)
-        _owner(model, name)[0]._parameters[_owner(model, name)[1]] = None
-        if tensor is None or name not in wanted:
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # tied ones would live on
+        place = renamed(name)
+        tensor = part(name, parameter.data) if place in wanted else None
+        owner, leaf = _owner(model, name)
+        owner._parameters[leaf] = None
+        if tensor is None or place is None:
             continue
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}, the config asks for {list(wanted[name].shape)}")
-        owner, leaf = _owner(new, name)
+        if tensor.shape != wanted[place].shape:
+            raise ValueError(f"{place} is {list(tensor.shape)}, the config asks for {list(wanted[place].shape)}")
+        owner, leaf = _owner(new, place)
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
     for name, buffer in model.named_buffers():
-        owner, leaf = _owner(new, name)
-        owner._buffers[leaf] = buffer
+        if (place := renamed(name)) is not None:
+            owner, leaf = _owner(new, place)
+            owner._buffers[leaf] = buffer
     new.tie_weights()
     if missing := [name for name, p in new.named_parameters() if p.is_meta]:
         raise ValueError(f"no weights for {missing[0]} and {len(missing) - 1} more")

@@ -1,6 +1,7 @@
 """The model card that goes into a run's model folder."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ import yaml
 from graftlm.reporting import figures
 from graftlm.reporting.nextsteps import CITATION, PAPER, load_snippet
 
+PLACE = "PATH_OR_HUB_ID"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def model_card(summary: dict[str, Any], config: dict[str, Any], base_model: str) -> str:
+def model_card(summary: dict[str, Any], config: dict[str, Any], base_model: str, *, own_class: bool = False) -> str:
     """A Hugging Face model card (Markdown with YAML front matter) for the model of a run.
 
     `summary` is summary.json's content, `config` the resolved config as plain data, `base_model` what was trained (a
-    Hub id, a folder, a file or a built-in name; only a Hub id goes into the front matter).
+    Hub id, a folder, a file or a built-in name; only a Hub id goes into the front matter), `own_class` whether it needs
+    a class that transformers does not have (models.has_own_class).
     """
     name = figures.method_name(summary.get("method"))
     control = summary.get("control")
@@ -25,15 +28,15 @@ def model_card(summary: dict[str, Any], config: dict[str, Any], base_model: str)
         "\n\n".join(
             part
             for part in (
-                f"---\n{yaml.safe_dump(_front_matter(summary, config, base_model), sort_keys=False)}---",
-                f"# {_cell(Path(base_model).name)}, trained with {name}",
+                front_matter(["apex"] if expanded else [], base_model, _datasets(config)),
+                f"# {cell(Path(base_model).name)}, trained with {name}",
                 f"{_what_was_done(summary, config, base_model)}",
                 "## Figures",
                 _table(summary, control, name),
                 figures.ONE_SEED if control else "",
                 "## How to use it",
-                "An ordinary model: nothing of the training method is left in it, and stock transformers opens it.",
-                f"```python\n{load_snippet('PATH_OR_HUB_ID')}\n```",
+                "Nothing of the training method is left in it.",
+                how_to_open(own_class),
                 "## Limits",
                 "Those of the model it was trained from and of the data it was trained on. Nothing was measured here "
                 "but the loss on held-out data.",
@@ -46,24 +49,43 @@ def model_card(summary: dict[str, Any], config: dict[str, Any], base_model: str)
     )
 
 
+def how_to_open(own_class: bool) -> str:
+    """Words and Python that open the model of the folder that the card lies in."""
+    if not own_class:
+        return f"An ordinary model, which stock transformers opens.\n\n```python\n{load_snippet(PLACE)}\n```"
+    return (
+        "No class of transformers' own can hold its shapes, so its class lies beside the weights as a short Python "
+        "file: read it, then trust it. It needs torch and transformers only.\n\n"
+        f"```python\n{load_snippet(PLACE, trust=True)}\n```\n\n"
+        "Where graftlm is installed it opens without running that file:\n\n"
+        "```python\nfrom graftlm.models import load_model, load_tokenizer\n"
+        f"model, tokenizer = load_model({PLACE!r}), load_tokenizer({PLACE!r})\n```"
+    )
+
+
 def is_hub_id(name: str) -> bool:
     """Whether `name` reads as OWNER/NAME on the Hub and is not a file or folder here."""
     return HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf") and not Path(name).exists()
 
 
-def _front_matter(summary: dict[str, Any], config: dict[str, Any], base_model: str) -> dict[str, Any]:
+def front_matter(tags: Sequence[str], base_model: str, datasets: Sequence[str] = ()) -> str:
+    """What the Hub reads of a card. `base_model`: named where it is a Hub id; `datasets`: Hub ids."""
     matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    matter["tags"] = ["graftlm", *(["apex"] if summary.get("method") == "apex" else [])]
+    matter["tags"] = ["graftlm", *tags]
     if is_hub_id(base_model):
         matter["base_model"] = base_model
+    if datasets:
+        matter["datasets"] = list(datasets)
+    return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
+
+
+def _datasets(config: dict[str, Any]) -> list[str]:
     sources = [str(source.get("path", "")) for source in config.get("data") or [] if isinstance(source, dict)]
-    if datasets := [path.removeprefix("hub:") for path in sources if path.startswith("hub:")]:
-        matter["datasets"] = datasets
-    return matter
+    return [path.removeprefix("hub:") for path in sources if path.startswith("hub:")]
 
 
 def _what_was_done(summary: dict[str, Any], config: dict[str, Any], base_model: str) -> str:
-    text = f"`{_code(base_model)}` trained on {figures.count(summary.get('tokens'))} tokens "
+    text = f"`{code(base_model)}` trained on {figures.count(summary.get('tokens'))} tokens "
     text += f"in {figures.integer(summary.get('steps'))} optimizer steps "
     text += f"with a peak learning rate of {config['learning_rate']}" if "learning_rate" in config else ""
     text = text.rstrip() + ", by graftlm."
@@ -82,16 +104,21 @@ def _what_was_done(summary: dict[str, Any], config: dict[str, Any], base_model: 
 
 def _table(summary: dict[str, Any], control: dict[str, Any] | None, name: str) -> str:
     head = ["", name, "plain training, same tokens", "against it"] if control else ["", name]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
-    for row in figures.comparison(summary, control):
-        lines.append([row.label, row.run, row.control, row.compared][: len(head)])
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+    rows = [[row.label, row.run, row.control, row.compared] for row in figures.comparison(summary, control)]
+    return markdown_table([head, *(row[: len(head)] for row in rows)])
 
 
-def _cell(text: str) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, the first of them the head; the first column is words, the others are numbers."""
+    lines = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
+    return "\n".join(f"| {' | '.join(cell(text) for text in line)} |" for line in lines)
+
+
+def cell(text: str) -> str:
     """Text that stays inside a table's cell or a heading."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
+    """Text that stays inside backquotes."""
     return " ".join(text.split()).replace("`", "'")

@@ -19,6 +19,14 @@ METHOD_NAMES = {
 }  # fmt: skip
 
 
+PRUNING_NAMES = {
+    "adapt": "Adapt-Pruner", "llm-pruner": "LLM-Pruner", "flap": "FLAP", "slicegpt": "SliceGPT", "shortgpt": "ShortGPT",
+    "minitron": "Minitron", "sheared": "Sheared-LLaMA", "wina": "WINA", "magnitude": "magnitude",
+    "random": "random choice",
+}  # fmt: skip
+"""What each way of pruning goes by in titles and legends."""
+
+
 def method_name(method: str | None) -> str:
     """The name a method goes by in titles and legends."""
     return METHOD_NAMES.get(method or "", method or "run")

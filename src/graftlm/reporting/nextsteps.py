@@ -14,12 +14,14 @@ CITATION = """\
 }"""
 
 
-def load_snippet(model: str) -> str:
-    """Three lines of Python that open `model` (a folder or a Hub id) with stock transformers."""
+def load_snippet(model: str, *, trust: bool = False) -> str:
+    """Three lines of Python that open `model` (a folder or a Hub id) with stock transformers; `trust`: with the Python
+    file that lies in it."""
+    given = f"{model!r}, trust_remote_code=True" if trust else f"{model!r}"
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({model!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({model!r})"
+        f"model = AutoModelForCausalLM.from_pretrained({given})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({given})"
     )
 
 

@@ -1,17 +1,16 @@
 """RUN/report.html: one file that tells what a run did, with its plots inside."""
 
-import base64
 import dataclasses
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import jinja2
 import yaml
 
-from graftlm.files import write_text
+from graftlm.files import read_json, write_text
 from graftlm.reporting import figures, nextsteps
+from graftlm.reporting.page import Plot, flatten, inline, template
 from graftlm.reporting.plots import draw
 from graftlm.reporting.rundata import RunData, read_run
 from graftlm.training.config import RunConfig
@@ -72,18 +71,6 @@ def _flow(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def template(name: str) -> jinja2.Template:
-    """A page of reporting/templates."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("graftlm.reporting"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)
-
-
 def _context(data: RunData) -> dict[str, Any]:
     """Everything the template shows, already formatted."""
     outcome = data.outcome
@@ -116,26 +103,19 @@ def _context(data: RunData) -> dict[str, Any]:
         "notes": [str(note) for note in outcome.get("notes") or []],
         "differences": config_differences(data.config),
         "config": yaml.safe_dump(_plain_tree(data.config), sort_keys=False, allow_unicode=True) if data.config else "",
-        "environment": list(_flatten(data.environment)),
+        "environment": flatten(data.environment),
         "reproduce": nextsteps.reproduce(data.folder),
-        "load": nextsteps.load_snippet(model),
+        "load": nextsteps.load_snippet(model, trust=_own_class(data.folder / "model")),
         "commands": nextsteps.commands(data.folder),
         "paper": nextsteps.PAPER,
         "citation": nextsteps.CITATION,
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """A picture inside a page."""
-
-    alt: str
-    source: str
-
-
-def inline(path: Path) -> str:
-    """A PNG as an address that needs no other file."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+def _own_class(model: Path) -> bool:
+    """Whether stock transformers needs the Python file in the folder."""
+    config = model / "config.json"
+    return config.exists() and "auto_map" in read_json(config)
 
 
 def _cards(outcome: dict[str, Any], control: dict[str, Any] | None) -> list[dict[str, str]]:
@@ -236,12 +216,3 @@ def _plain_tree(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain_tree(item) for key, item in value.items()}
     return [_plain_tree(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """(dotted key, value) of nested mappings; lists on one line."""
-    if isinstance(value, Mapping):
-        return [
-            pair for key, item in value.items() for pair in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    return [(prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value))]

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from graftlm.distilled_loss import DistilledLoss
 from graftlm.errors import UserError
 from graftlm.fused_loss import FusedLoss, unfit
 from graftlm.training.config import RunConfig
@@ -104,8 +105,12 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     return arguments
 
 
-def fuse_loss(config: RunConfig, model: PreTrainedModel) -> FusedLoss | None:
-    """The fused loss on `model`, where the run has ours. Raises UserError where it is asked for and cannot be."""
+def fuse_loss(config: RunConfig, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> FusedLoss | None:
+    """The fused loss on `model`, where the run has ours; with a teacher, distilled_loss.py's. Raises UserError where it
+    is asked for and cannot be."""
+    if teacher is not None:
+        told = config.distillation
+        return DistilledLoss(model, teacher, weight=told.weight, temperature=told.temperature)
     if config.fused_loss is False or config.use_liger_kernel:
         return None
     reweighs = config.reweighting.strategy != "none"

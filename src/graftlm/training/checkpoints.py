@@ -41,6 +41,8 @@ RANDOM_FILE = "random.safetensors"
 STATE_FILE = "trainer_state.json"
 APEX_FILE = "apex.safetensors"
 METHOD_FILE = "method.safetensors"
+PHASE_FILE = "phase.safetensors"
+"""In the place of OPTIMIZER_FILE, in a checkpoint that a phase begins with (phases.py)."""
 SHARDS = "shards"
 """Folder of what fsdp2 saves, and beside it the file of what is no tensor."""
 PLAIN_FILE = "shards.json"
@@ -68,7 +70,8 @@ def check_checkpoint(checkpoint: Path, *, sharded: bool) -> None:
             "that the run began with (ddp and none may take each other's place)"
         )
     files = {checkpoint / RANDOM_FILE, *checkpoint.glob("*.safetensors"), *(checkpoint / SHARDS).glob("*.safetensors")}
-    for file in sorted(files | ({checkpoint / OPTIMIZER_FILE} if not sharded else set())):
+    begins_phase = (checkpoint / PHASE_FILE).exists()
+    for file in sorted(files | ({checkpoint / OPTIMIZER_FILE} if not sharded and not begins_phase else set())):
         check_tensors(file)
 
 

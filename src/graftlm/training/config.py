@@ -58,6 +58,27 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """Learning from another model's predictions beside the text (Minitron; Hinton et al. 2015), with any method."""
+
+    teacher: str | None = None
+    """The model to learn from, with the same vocabulary: anything that `model` may be; None: no distillation. It is
+    held in memory beside the model, without gradients."""
+    weight: float = 1.0
+    """Share of the teacher in the loss: (1 - weight) cross-entropy + weight T^2 KL(teacher || model)."""
+    temperature: float = 1.0
+    """T: both models' logits are divided by it in the KL divergence."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the teacher's weights are held in."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise UserError(f"distillation.weight: {self.weight} must be above 0 and at most 1")
+        if self.temperature <= 0:
+            raise UserError(f"distillation.temperature: {self.temperature} must be above 0")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A training run (`graftlm train CONFIG.yaml`)."""
 
@@ -93,6 +114,8 @@ class RunConfig:
     """Settings of IST, beside `lora`."""
     reweighting: ReweightingSettings = field(default_factory=ReweightingSettings)
     """Weights of samples by their loss, with any method."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """Learning from a teacher's predictions, with any method."""
     stage_starts: tuple[int, ...] = ()
     """Method full: steps at which the learning rate follows apex' stages; a control gets those of its run."""
 
@@ -131,8 +154,8 @@ class RunConfig:
     lr_scheduler_type: str = "cosine"
     """Any of transformers' schedules: linear, cosine, constant, constant_with_warmup, cosine_with_min_lr,
     warmup_stable_decay ..."""
-    lr_scheduler_kwargs: dict[str, float] | None = None
-    """Extra arguments of the schedule, e.g. {min_lr_rate: 0.1}."""
+    lr_scheduler_kwargs: dict[str, float | Literal["linear", "cosine", "1-sqrt"]] | None = None
+    """Extra arguments of the schedule, e.g. {min_lr_rate: 0.1}, or {decay_type: linear} of warmup_stable_decay."""
     warmup_ratio: float = 0.03
     """Share of the steps over which the learning rate climbs from 0."""
     per_device_train_batch_size: int = 8
@@ -145,6 +168,10 @@ class RunConfig:
     """Passes over the data, unless max_steps is given."""
     max_steps: int = -1
     """Optimizer steps; -1: by epochs."""
+    phase: tuple[int, ...] | None = None
+    """[first, end]: of max_steps steps take only those from `first` (0 is the first of all) to before `end`, at the
+    whole run's learning rates and place in the data. `graftlm shrink` sets it; a phase that begins later goes on from a
+    checkpoint that shrink puts there."""
     weight_decay: float = 0.0
     """AdamW's weight decay; never on operators, norms or biases."""
     adam_beta1: float = 0.9
@@ -220,9 +247,32 @@ class RunConfig:
                 raise UserError(f"{name}: {getattr(self, name)} must not be negative")
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"max_steps: {self.max_steps} must be above 0, or -1 to train by epochs")
+        if self.phase is not None and (
+            len(self.phase) != 2 or not 0 <= self.phase[0] < self.phase[1] <= self.max_steps
+        ):
+            raise UserError(f"phase: {list(self.phase)} must be [first, end] with 0 <= first < end <= max_steps")
+        if self.phase is not None and self.method not in ("apex", "full"):
+            raise UserError(f"phase: {self.method} keeps state that no phase can begin with; use method apex or full")
+        if self.phase is not None and self.apex.stage_by == "epochs" and self.method == "apex":
+            raise UserError("apex.stage_by: a phase is shorter than an epoch may be; use steps or tokens")
+        if self.distillation.teacher is not None:
+            self._check_distillation()
         if self.distributed.strategy == "fsdp2" and self.method not in ("apex", "full"):
             raise UserError(f"distributed.strategy: fsdp2 cannot shard method: {self.method}; use ddp or none")
         if self.streaming and self.max_steps < 0:
             raise UserError("max_steps: streaming data has no known length; set max_steps")
         if self.streaming and self.apex.stage_by == "epochs" and self.method == "apex":
             raise UserError("apex.stage_by: streaming data has no epochs; use steps or tokens")
+
+    def _check_distillation(self) -> None:
+        """Its loss is the fused one, which sees the last hidden states and not the logits."""
+        taken = {
+            "fused_loss": self.fused_loss is False,
+            "use_liger_kernel": self.use_liger_kernel,
+            "torch_compile": self.torch_compile,
+            "reweighting": self.reweighting.strategy != "none",
+            "distributed.strategy": self.distributed.strategy == "fsdp2",
+        }
+        for name, there in taken.items():
+            if there:
+                raise UserError(f"{name}: does not go with distillation.teacher; leave out one of them")

@@ -80,7 +80,7 @@ def _run_here(control: RunConfig, resume: bool) -> None:
     train_one(control, resume=resume)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Leave when the pipe to the parent closes: killed with -9, it could not tell, and a control left behind would
     write beside the one that --resume starts."""
     while os.read(sys.stdin.fileno(), 1):  # not sys.stdin.read: Python would wait for it when it ends
@@ -89,7 +89,7 @@ def _end_with_parent() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     from graftlm.training.run import train_one  # here: run.py imports this module
 
     try:

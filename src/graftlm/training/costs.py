@@ -3,6 +3,7 @@
 T tokens a row, L layers, H query heads, d_qk and d_v their widths, k dimensions of P, a and b Monarch's blocks.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +84,14 @@ def linear_weights(module: nn.Module) -> dict[str, int]:
     return {name: m.weight.numel() for name, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
-def attention_width(model: PreTrainedModel) -> int:
-    """H (d_qk + d_v) of one layer."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_attention_heads * head_dim
+def attention_widths(model: PreTrainedModel) -> list[int]:
+    """H (d_qk + d_v) of every layer."""
+    config: Any = model.config.get_text_config()
+    return [2 * own.num_attention_heads * _head_dim(own) for own in config.per_layer_config]
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def token_flops(
@@ -98,7 +102,7 @@ def token_flops(
     `apex`: built on `model`, or None where everything trains plainly. Recomputation (gradient checkpointing) is not
     counted: it is no work that the model needs.
     """
-    path, layers = decoder_layers(model)
+    path, _ = decoder_layers(model)
     weights = linear_weights(model)
     gradients = {name: size for name, size in weights.items() if model.get_submodule(name).weight.requires_grad}
     for name, (size, trains) in other.products.items() if other is not None else ():
@@ -112,10 +116,11 @@ def token_flops(
                 gradients[matrix.module] = found.weight.numel()
         routes = sum(_route_flops(apex, tie) for tie in apex.ties if tie.by_tokens)
     reached = dict(weights)
-    attention = attention_width(model) * length
+    widths = attention_widths(model)
+    attention, first_attention = sum(widths) * length, widths[0] * length
     skipped = 0
     if other is not None:
-        skipped = other.saved * attention
+        skipped = other.saved * first_attention
         reached = {name: size for name, size in weights.items() if name not in other.unreached}
     elif not model.get_input_embeddings().weight.requires_grad:  # type: ignore[operator]
         # Nothing before the first layer trains, so its input needs no gradient; nor do its queries and keys, unless a
@@ -124,12 +129,12 @@ def token_flops(
         for matrix in (m for b in first for m in (*b.mixed, *b.followers) if m.dim == 0):
             reached.pop(matrix.module, None)
         fused = any({m.module for m in b.mixed} & {m.module for m in b.followers} for b in first)
-        skipped = 0 if fused else 3 * attention
+        skipped = 0 if fused else 3 * first_attention
     inside = f"{path}."
     return (
         TokenFlops(
-            2 * _sum(weights, inside) + 2 * attention * len(layers),
-            2 * _sum(reached, inside) + 2 * _sum(gradients, inside) + 4 * attention * len(layers) - skipped + routes,
+            2 * _sum(weights, inside) + 2 * attention,
+            2 * _sum(reached, inside) + 2 * _sum(gradients, inside) + 4 * attention - skipped + routes,
         ),
         TokenFlops(
             2 * _sum(weights, inside, outside=True),
@@ -331,12 +336,12 @@ def reduced_share(held: Held, bf16: bool) -> float:
     return torch.float32.itemsize / held.element if bf16 else 1.0
 
 
-def trained_in_layers(apex: Apex, layers: int) -> int:
-    """Parameters of operators and slices in the first `layers` decoder layers."""
-    operators = sum(p.numel() for tie in apex.ties if tie.block.layer < layers for p in tie.parameters())
+def trained_in_layers(apex: Apex, layers: Collection[int]) -> int:
+    """Parameters of operators and slices in the decoder layers `layers`."""
+    operators = sum(p.numel() for tie in apex.ties if tie.block.layer in layers for p in tie.parameters())
     slices = 0
     for block in apex.anatomy.blocks:
-        if block.layer < layers and block.name in apex.budget.blocks:
+        if block.layer in layers and block.name in apex.budget.blocks:
             counts = apex.budget.blocks[block.name]
             picked = counts.n + counts.p + counts.rest
             slices += picked * component_size(apex.model, block, apex.budget.followers)

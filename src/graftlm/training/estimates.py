@@ -19,7 +19,7 @@ from graftlm.training.config import RunConfig
 from graftlm.training.layout import Layout, layout_of, run_device
 from graftlm.training.memory import peak_memory, peaks_with, process_memory
 from graftlm.training.method_costs import Prepared, prepared
-from graftlm.training.probe import Probe, layers_to_copy, measure
+from graftlm.training.probe import Probe, layers_copied, layers_to_copy, measure
 
 SECONDS = (
     "estimated_seconds",
@@ -86,7 +86,7 @@ def estimate(
     ready = prepared(config, model, steps or UNKNOWN_STEPS)
     with _apex_on(config, model, steps) as apex:
         counted = _count(config, model, apex, ready, length, epoch_steps, per_step * length)
-        trained = costs.trained_in_layers(apex, copied) if apex is not None else 0
+        trained = costs.trained_in_layers(apex, layers_copied(model, copied)) if apex is not None else 0
     given = config if ready is None else ready.config
     probe = measure(given, model, rows=rows, length=length, layers=copied, trained=trained, timed=not layout.assumed)
     if probe.length < length:
@@ -185,13 +185,13 @@ def _seconds(
         return dict.fromkeys(SECONDS)
     held = counted.held
     passes = tokens / (probe.rows * probe.length)
-    deep = passes * held.layers / probe.layers * counted.in_layers.total / counted.probed.total
+    deep = passes * probe.depth * counted.in_layers.total / counted.probed.total
     head = passes * held.vocabulary / probe.vocabulary
     forward = deep * probe.forward_layers + head * probe.forward_rest
     backward = deep * probe.backward_layers + head * probe.backward_rest
     if config.gradient_checkpointing:
         backward += deep * probe.forward_layers
-    update = probe.update * held.trainable / probe.trained + probe.expansion * held.layers / probe.layers
+    update = probe.update * held.trainable / probe.trained + probe.expansion * probe.depth
     step = config.gradient_accumulation_steps * (forward + backward) + update
     sequence = forward / config.per_device_train_batch_size
     samples = min(config.apex.assess_samples, blocks or config.apex.assess_samples)
@@ -204,7 +204,7 @@ def _seconds(
         seen, gradients = min(counted.looks[0], blocks or counted.looks[0]), counted.looks[1]
         # With the gradients of all weights, a backward pass is two forward passes.
         assessment += seen * sequence * (3 if gradients else 1) / layout.processes
-    stages = len(counted.starts) * probe.stage * held.layers / probe.layers
+    stages = len(counted.starts) * probe.stage * probe.depth
     evaluated = config.eval_max_blocks if config.eval_data or config.eval_fraction else 0
     evaluation = None if steps is None else evaluations(config, steps) * evaluated * sequence / layout.processes
     # The distributions of activations before and after; an assessment before training gives the first one for nothing.
@@ -258,6 +258,8 @@ def _count(
         held.weights += sum(b.nbytes for b in ready.model.buffers()) - sum(b.nbytes for b in model.buffers())
     own = {n: p for n, p in model.named_parameters() if not n.startswith("apex.")}
     notes = list(apex.notes) if apex is not None else []
+    if config.distillation.teacher is not None:
+        notes.append("the teacher is in none of these figures: its weights and forward passes come on top")
     if ready is not None:
         notes += ready.notes
         if ready.looks is None:

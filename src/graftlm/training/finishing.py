@@ -13,7 +13,7 @@ from graftlm.anatomy import read_anatomy
 from graftlm.configuring import config_to_dict
 from graftlm.environment import peak_memory_bytes
 from graftlm.files import atomic_path
-from graftlm.models import load_model, save_model
+from graftlm.models import has_own_class, load_model, save_model
 from graftlm.reporting.card import model_card
 from graftlm.sharding import gathered_state, is_sharded, reshard
 from graftlm.training import distributed
@@ -96,7 +96,7 @@ def finish(
     weights = gathered_state(model) if is_sharded(model) else None
     if not is_main():
         return summary
-    card = model_card(summary, config_to_dict(config), config.model)
+    card = model_card(summary, config_to_dict(config), config.model, own_class=has_own_class(model))
     save_model(model, tokenizer, run / "model", card=card, state_dict=weights)
     del weights
     reopened = load_model(str(run / "model"), dtype=config.dtype, attn_implementation=config.attn_implementation)

@@ -116,7 +116,7 @@ def _moments(config: RunConfig, held: Held, probe: Probe, layout: Layout, tokens
 def _activations(config: RunConfig, held: Held, probe: Probe, tokens: int, fsdp2: bool) -> tuple[float, float]:
     """What autograd keeps of a micro-batch, in the layers and outside."""
     passes = tokens / (probe.rows * probe.length)
-    deep, rows = held.layers / probe.layers, held.vocabulary / probe.vocabulary
+    deep, rows = probe.depth, held.vocabulary / probe.vocabulary
     layers = passes * deep * probe.saved_layers
     if config.gradient_checkpointing:
         layers = passes * (held.layers * probe.hidden + probe.saved_layers / probe.layers)

@@ -53,6 +53,8 @@ class Probe:
     vocabulary: int
     rows: int
     length: int
+    depth: float = 1.0
+    """The model's layers over those of the copy: by number, where they differ by weights."""
     narrowing: int = 1
     """Width of the model over that of the copy; every other figure is scaled up to the model's width already."""
     forward_layers: float = 0.0
@@ -87,14 +89,33 @@ class Probe:
 def layers_to_copy(model: PreTrainedModel) -> int:
     """How many layers a copy of `model` has."""
     layers = decoder_layers(model)[1]
-    return min(len(layers), LAYERS if sum(p.numel() for p in layers[0].parameters()) <= LARGE_LAYER else 1)
+    return min(len(layers), LAYERS if max(map(_weights, layers)) <= LARGE_LAYER else 1)
+
+
+def layers_copied(model: PreTrainedModel, count: int) -> list[int]:
+    """Which `count` layers a copy has: the first; where layers differ, those of the most weights, which surely have
+    what is trained."""
+    layers = decoder_layers(model)[1]
+    if not _differ(model):
+        return list(range(min(count, len(layers))))
+    return sorted(sorted(range(len(layers)), key=lambda i: -_weights(layers[i]))[:count])
+
+
+def _differ(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config.get_text_config(), "is_heterogeneous", False))
+
+
+def _weights(layer: nn.Module) -> int:
+    return sum(p.numel() for p in layer.parameters())
 
 
 def narrow(model: PreTrainedModel, at_most: int) -> tuple[PreTrainedModel, int]:
     """A model without weights (on the meta device) of `model`'s kind whose layers have at most `at_most` weights, and
     how many times narrower it is: fewer heads of the same size (at least two groups of them, so that there can be
-    strong and weak ones), fewer channels. `model` itself where it is so already.
+    strong and weak ones), fewer channels. `model` itself where it is so already, and where its layers differ.
     """
+    if _differ(model):
+        return model, 1
     text: Any = model.config.get_text_config()
     weights = sum(p.numel() for p in decoder_layers(model)[1][0].parameters())
     widths = {name: getattr(text, name, None) or 1 for name in WIDTHS}
@@ -115,12 +136,13 @@ def narrow(model: PreTrainedModel, at_most: int) -> tuple[PreTrainedModel, int]:
 
 
 def cut(model: PreTrainedModel, layers: int, vocabulary: int) -> PreTrainedModel:
-    """A copy with the first `layers` layers and `vocabulary` rows of embedding and LM head; the rest is not copied.
+    """A copy with `layers` layers (layers_copied), `vocabulary` rows of embedding and LM head; the rest is not copied.
 
     A model on the meta device gives a copy on the CPU with random weights.
     """
     _, found = decoder_layers(model)
-    kept = nn.ModuleList(found[:layers])
+    chosen = layers_copied(model, layers)
+    kept = nn.ModuleList(found[i] for i in chosen)
     memo: dict[int, Any] = {}
     memo[id(found)] = copy.deepcopy(kept, memo)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -130,6 +152,8 @@ def cut(model: PreTrainedModel, layers: int, vocabulary: int) -> PreTrainedModel
     small = copy.deepcopy(model, memo)
     text: Any = small.config.get_text_config()
     text.num_hidden_layers = len(kept)
+    if (types := getattr(text, "layer_types", None)) is not None:
+        text.layer_types = [types[i] for i in chosen]
     text.vocab_size = small.config.vocab_size = vocabulary
     embedding: Any = small.get_input_embeddings()
     embedding.num_embeddings, embedding.padding_idx = vocabulary, None
@@ -309,7 +333,11 @@ def measure(
     trained //= narrowing**2
     embedding: Any = model.get_input_embeddings()
     vocabulary = min(embedding.weight.shape[0], max(1, EMBEDDING // embedding.weight.shape[1]))
-    probe = Probe(layers, vocabulary, rows, length, narrowing)
+    in_layers = [_weights(layer) for layer in decoder_layers(model)[1]]
+    depth = len(in_layers) / layers
+    if _differ(model):
+        depth = sum(in_layers) / sum(in_layers[i] for i in layers_copied(model, layers))
+    probe = Probe(layers, vocabulary, rows, length, depth, narrowing)
     with torch.random.fork_rng():
         run = _Run(config, model, probe, trained, device)
         try:

@@ -40,11 +40,14 @@ class Recording(TrainerCallback):
         trainer.display.step(state.global_step)
         step = state.global_step
         due = step in trainer.eval_at or (trainer.eval_every and step % trainer.eval_every == 0)
-        if due and step < state.max_steps:
+        last = step == trainer.last_step
+        if due and not last:
             trainer.evaluate_now("periodic")
         # The last step too: whatever then goes wrong with saving the model (a full disk), the training is not lost.
-        if step == state.max_steps or (trainer.save_every and step % trainer.save_every == 0):
+        if last or (trainer.save_every and step % trainer.save_every == 0):
             control.should_save = True
+        if last:  # which may be before max_steps, in a phase of a longer run
+            control.should_training_stop = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from graftlm.configuring import config_to_dict
 from graftlm.errors import UserError
@@ -109,7 +109,7 @@ def train_one(config: RunConfig, *, resume: bool = False, lean: bool = False) ->
     use_cache = model.config.use_cache
     model.config.use_cache = False  # packed documents are kept apart only without a cache
     with sharing_errors():
-        fused_loss = fuse_loss(config, model)
+        fused_loss = fuse_loss(config, model, _open_teacher(config, tokenizer))
     if config.distributed.strategy == "fsdp2":
         with sharing_errors():
             _shard(config, model, from_first)
@@ -157,6 +157,21 @@ def _open_model(config: RunConfig) -> PreTrainedModel:
     spread = config.distributed.strategy == "fsdp2" and not is_main()
     skeleton = load_skeleton(config.model, **how) if spread else None
     return load_model(config.model, **how) if skeleton is None else skeleton
+
+
+def _open_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """The model to distil from. Raises UserError where its tokens are others than the model's."""
+    told = config.distillation
+    if told.teacher is None:
+        return None
+    code = config.trust_remote_code
+    if load_tokenizer(told.teacher, trust_remote_code=code).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"distillation.teacher: {told.teacher} has another vocabulary than {config.model}; choose one of its family"
+        )
+    return load_model(
+        told.teacher, dtype=told.dtype, attn_implementation=config.attn_implementation, trust_remote_code=code
+    )
 
 
 def _shard(config: RunConfig, model: PreTrainedModel, from_first: bool) -> None:
@@ -211,6 +226,7 @@ def _make_trainer(
         save_every=config.save_steps,
         method=method,
         reweighting=config.reweighting,
+        phase=config.phase,
     )
     if config.method != "apex":
         trainer.schedule_config = config.apex

@@ -28,6 +28,11 @@ def open_folder(config: RunConfig, run: Path, resume: bool) -> Path | None:
         check_same_config(config, run)
     if resume and not checkpoints:
         print(f"{run} has no checkpoint yet; starting from the beginning", file=sys.stderr)
+    if config.phase is not None and config.phase[0] > 0 and not checkpoints:
+        raise UserError(
+            f"{run}: a phase that begins at step {config.phase[0]} goes on from a checkpoint, and there is none; such "
+            "phases are for `graftlm shrink`"
+        )
     if checkpoints:
         check_checkpoint(checkpoints[-1], sharded=config.distributed.strategy == "fsdp2")
     for folder in (run, run / "checkpoints"):

@@ -36,9 +36,10 @@ from graftlm.training.checkpoints import (
 from graftlm.training.distributed import every, is_main, world_size
 from graftlm.training.held_out import mean_loss
 from graftlm.training.metrics import Display, MetricsLog
+from graftlm.training.phases import begins_phase, load_phase_start
 from graftlm.training.recording import Recording
 from graftlm.training.reweighting import Reweighting
-from graftlm.training.schedule import scale_rates
+from graftlm.training.schedule import refresh, scale_rates
 from graftlm.training.trainer import ApexTrainer
 
 
@@ -61,9 +62,11 @@ class RunTrainer(ApexTrainer):
         save_every: int = 0,
         method: Method | None = None,
         reweighting: ReweightingSettings | None = None,
+        phase: Sequence[int] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.phase = (phase[0], phase[1]) if phase is not None else None
         if reweighting is not None and reweighting.strategy != "none":
             self.compute_loss_func = Reweighting(reweighting, lambda: (self.state.global_step, self.state.max_steps))
         self.run = run
@@ -88,6 +91,11 @@ class RunTrainer(ApexTrainer):
         self.remove_callback(PrinterCallback)  # Display says it better
         # Before the mixin's own: a step's time is taken before a stage ends, and saving is asked for after.
         self.callback_handler.callbacks.insert(0, Recording(self))
+
+    @property
+    def last_step(self) -> int:
+        """The optimizer step that this run ends with."""
+        return int(self.phase[1] if self.phase is not None else self.state.max_steps)
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
@@ -212,6 +220,8 @@ class RunTrainer(ApexTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         method = self.method
+        if self._resume_from is not None and begins_phase(Path(self._resume_from)):
+            self._resume_from = None  # only data and learning rate go on: APEX begins anew, on a smaller model
         if method is None:
             return super().create_optimizer(model)
         if self._resume_from is None:
@@ -263,7 +273,7 @@ class RunTrainer(ApexTrainer):
         self.tokens += int(tokens)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.last_step:
             super()._run_epoch(*args, **kwargs)
         else:  # resumed from the last step's checkpoint: Trainer would take one step more before it sees that
             self.control.should_training_stop = True
@@ -290,6 +300,7 @@ class RunTrainer(ApexTrainer):
             "loss": self._loss,
             "logged": list(self._logged),
             "metrics_bytes": self.metrics.size,
+            "parameters": self._optimized(),
             "sequences_a_step": self._sequences_a_step(),
         }
         apex = self.apex.state_dict() if self.apex is not None else None  # which all processes take part in
@@ -304,6 +315,11 @@ class RunTrainer(ApexTrainer):
         if is_main():
             for old in list_checkpoints(self.run)[: -(self.args.save_total_limit or 1)]:
                 shutil.rmtree(old)
+
+    def _optimized(self) -> list[str]:
+        """Names of the optimizer's parameters, in its order."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return [names.get(id(p), "") for group in self.optimizer.param_groups for p in group["params"]]
 
     def _sequences_a_step(self) -> int:
         args = self.args
@@ -328,7 +344,9 @@ class RunTrainer(ApexTrainer):
         if checkpoint is None:
             return
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        extra = load_optimizer_state(Path(checkpoint), self.model, optimizer)
+        begins = begins_phase(Path(checkpoint))
+        load = load_phase_start if begins else load_optimizer_state
+        extra = load(Path(checkpoint), self.model, optimizer)
         self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **extra["scheduler"]})
         told = extra["run"]
         if told.get("sequences_a_step", self._sequences_a_step()) != self._sequences_a_step():
@@ -342,6 +360,10 @@ class RunTrainer(ApexTrainer):
         self._loss, self._logged = told["loss"], tuple(told["logged"])
         assert self.metrics is not None
         self.metrics.rewind(told["metrics_bytes"])
+        if begins:
+            refresh(self.lr_scheduler, optimizer)
+            if self.apex is not None:
+                self._tell_stage(self.eval_loss_start)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

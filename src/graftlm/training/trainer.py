@@ -55,6 +55,8 @@ class ApexMixin:
     schedule_config: ApexConfig | None = None
     stage_starts: list[int] | None = None
     """A plain run that follows the learning rate of an APEX run: its settings, and the steps at which stages began."""
+    phase: tuple[int, int] | None = None
+    """First step and end of a part of a longer run, over which stages are laid out; None: the whole run."""
 
     def __init__(self, *args: Any, apex: ApexConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -102,6 +104,8 @@ class ApexMixin:
                 total_steps=total,
                 total_epochs=trainer.args.num_train_epochs if trainer.args.max_steps <= 0 else None,
             )
+            if self.phase is not None:
+                self.apex.clock.begin_at(self.phase[0], self.phase[1] - self.phase[0])
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
         if self.apex is not None:
             if self._resume_from is not None:

@@ -1,0 +1,115 @@
+"""What every comparison does with its open cells: one after another, each in a process of its own, until nothing is
+open or the time is up."""
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from graftlm.comparing.process import OutOfTime, RunFailed
+from graftlm.errors import UserError
+from graftlm.reporting import figures
+
+
+class Named(Protocol):
+    """A cell, as far as the loop knows it."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def key(self) -> str: ...
+
+
+CellT = TypeVar("CellT", bound=Named)
+Say = Callable[[str], None]
+
+
+def run_open(
+    todo: Callable[[], list[CellT]],
+    guesses: Callable[[], Callable[[CellT], float]],
+    run: Callable[[CellT, float | None, Say], str],
+    failed: dict[str, str],
+    minutes: float | None,
+    console: Console,
+) -> None:
+    """Run open cells in order, for so many minutes. A failed one is put into `failed` (key: why); the others go on.
+
+    todo: what is open now. guesses: made anew before each cell; seconds that a cell will take, 0 if nothing is known.
+    run: runs a cell in at most so many seconds, keeps its record, and returns what to say of it.
+    """
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    while cells := todo():
+        left = None if end is None else end - time.monotonic()
+        still = guesses()
+        cell = next((one for one in cells if left is None or still(one) < left), None)
+        if cell is None or (left is not None and left <= 0):
+            shortest = figures.duration(min(map(still, cells)))
+            rest = (
+                f"; of {minutes:g} min {figures.duration(left)} are left, and the shortest run takes about {shortest}"
+            )
+            console.print("the time is up" + (rest if cell is None else ""), highlight=False)
+            return
+        with console.status(cell.title) as status:
+
+            def say(line: str, status: Any = status, title: str = cell.title) -> None:
+                status.update(f"{title}: {line[:100]}")
+
+            try:
+                told = run(cell, left, say)
+            except OutOfTime:
+                console.print(f"the time is up; the same command goes on with {cell.title}", highlight=False)
+                return
+            except RunFailed as error:
+                failed[cell.key] = f"{cell.title}: {error}"
+                console.print(f"failed: {failed[cell.key]}", highlight=False, markup=False)
+                continue
+        console.print(f"{cell.title}: {told} ({len(todo())} known runs left)", highlight=False, soft_wrap=True)
+
+
+def print_plan(cells: Iterable[tuple[str, float | None, float | None]], notes: Iterable[str], console: Console) -> None:
+    """List runs: title, seconds that it took (None: to be run), seconds that it is guessed to take (None: unknown)."""
+    table = Table("run", "state", "about", header_style="bold")
+    left, total = 0, 0.0
+    for title, taken, guess in cells:
+        left += taken is None
+        total += guess or 0.0 if taken is None else 0.0
+        finished = taken is not None
+        table.add_row(title, "finished" if finished else "to run", figures.duration(taken if finished else guess))
+    console.print(table)
+    console.print(f"{left} to run, {figures.duration(total)} as far as known", highlight=False)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Refuse to run beside another process in the same folder."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: another comparison is running there; wait, or give another output_dir"
+            ) from error
+        yield
+
+
+def close(
+    written: Iterable[Path], left: Sequence[Named], failed: Mapping[str, str], folder: Path, console: Console
+) -> None:
+    """Say where everything lies and what is left to run. Raises UserError where cells failed."""
+    for file in written:
+        console.print(str(file), soft_wrap=True, highlight=False)
+    if left:
+        console.print(f"left to run: {len(left)}, {left[0].title} next; the same command goes on", highlight=False)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of the comparison's runs failed: {next(iter(failed.values()))}; the others are in "
+            f"{folder}, and the same command tries the failed ones again"
+        )

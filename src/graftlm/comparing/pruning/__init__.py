@@ -1,0 +1,1 @@
+"""Several ways of pruning beside one another, at equal numbers of parameters."""

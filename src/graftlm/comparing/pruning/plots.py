@@ -1,0 +1,57 @@
+"""The figures of a comparison of ways of pruning: perplexity against parameters, one line a variant."""
+
+from pathlib import Path
+from typing import Any
+
+from graftlm.reporting.layers import plot_shares
+from graftlm.reporting.style import BEFORE, CONTROL, colours, count_axis, figure, legend, save, style
+
+
+def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw what there is to see of comparison.json into `folder`; returns the files."""
+    made = [_perplexity(summary, text, folder / f"perplexity_{Path(text).stem}.png") for text in summary["texts"]]
+    for number, size in enumerate(dict.fromkeys(row["size"] for row in summary["rows"])):
+        shapes = {row["name"]: row["shapes"] for row in summary["rows"] if row["size"] == size and row["shapes"]}
+        if shapes:
+            title = f"What each layer has left at {size}"
+            made.append(plot_shares(shapes, summary["original_shapes"], title, folder / f"layers_{number}.png"))
+    return [path for path in made if path is not None]
+
+
+def _perplexity(summary: dict[str, Any], text: str, path: Path) -> Path | None:
+    rows = [row for row in summary["rows"] if row["perplexity"][text]["word"]]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    colour = colours([name for name in names if name != summary["control"]]) | {summary["control"]: CONTROL}
+    made = figure(
+        f"Word perplexity on {text} against parameters",
+        note="Small dots are trials, lines go through their means; lower and further left is better.",
+    )
+    axes = made.subplots()
+    original = (summary["original"] or {}).get("perplexity", {}).get(text, {}).get("word_perplexity")
+    start = [(summary["original_parameters"], original)] if original else []
+    for name in names:
+        own = [row for row in rows if row["name"] == name]
+        points = sorted((row["parameters"]["mean"], row["perplexity"][text]["word"]["mean"]) for row in own) + start
+        label = name + (" (control)" if name == summary["control"] else "")
+        line = {"color": colour[name], "linewidth": 1.8, "marker": "o", "markersize": 5, "label": label}
+        axes.plot([x for x, _ in points], [y for _, y in points], **line)
+        for row in own:
+            for seed, value in row["perplexity"][text]["word"]["by_seed"].items():
+                count = row["parameters"]["by_seed"][seed]
+                axes.plot([count], [value], "o", color=colour[name], markersize=3, alpha=0.5)
+    if original:
+        axes.plot(*start[0], "*", color=BEFORE, markersize=13, label="original", zorder=5)
+    axes.set_yscale("log")
+    style(axes, xlabel="parameters, embeddings included", ylabel="word perplexity (log)")
+    count_axis(axes)
+    legend(made, axes)
+    return save(made, path)
+
+
+def alt(path: Path) -> str:
+    """What a figure shows, for who cannot see it."""
+    if path.stem.startswith("layers"):
+        return "Share of attention and of FFN that each layer has left, one line for each variant"
+    return "Perplexity against the number of parameters, one line for each variant"

@@ -1,0 +1,133 @@
+"""From finished cells to what a comparison of ways of pruning shows: comparison.json."""
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graftlm.comparing.pruning.cells import PruneCells
+from graftlm.comparing.pruning.config import PruneArm, PruneComparison, Size
+from graftlm.comparing.results import Record
+from graftlm.comparing.summary import different, hardware_text, mean_by_seed, paired_differences, task_scores
+from graftlm.reporting import figures
+
+FORMAT = 1
+SAME_SIZE = 0.005
+"""Of the original's parameters, by which a model may be below its target without a note."""
+AVERAGED = ("parameters", "target_parameters", "seconds", "peak_memory_bytes", "tokens")
+
+
+def summarise(comparison: PruneComparison, cells: PruneCells, failed: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that can be said so far: the original, and a row for every size and variant."""
+    notes = list(comparison.notes)
+    records: list[Record] = []
+    original = cells.record(cells.original())
+    rows = []
+    for size in comparison.sizes:
+        runs = {arm.name: _runs(arm, size, cells) for arm in comparison.arms}
+        rows += [_row(arm, size, comparison, runs, notes) for arm in comparison.arms]
+        records += [record for by_seed in runs.values() for record in by_seed.values()]
+    notes += list(dict.fromkeys(note for record in records for note in record.get("notes", ())))
+    if len(rows) > 3:
+        notes.append("each interval is for its own comparison: of 20 variants without any effect, one shows one")
+    settings = comparison.settings
+    everything = [*([original] if original else []), *records]
+    return {
+        "format": FORMAT,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": settings.model,
+        "seeds": list(settings.seeds),
+        "control": comparison.control,
+        "texts": [Path(text).name for text in settings.perplexity],
+        "measured": _measured(everything),
+        "original": _original(original),
+        "original_parameters": records[0]["original_parameters"] if records else None,
+        "original_shapes": records[0]["original_shapes"] if records else None,
+        "rows": rows,
+        "notes": list(dict.fromkeys(notes)),
+        "failed": list(failed.values()),
+        "open": len(cells.open()),
+        "hardware": different([hardware_text(record) for record in everything]),
+        "commits": different([c for record in everything if (c := record["environment"].get("git_commit"))]),
+        "versions": everything[0]["environment"].get("packages", {}) if everything else {},
+    }
+
+
+def _runs(arm: PruneArm, size: Size, cells: PruneCells) -> dict[int, Record]:
+    found = {seed: cells.record(cells.cell(arm.name, size, seed)) for seed in cells.comparison.settings.seeds}
+    return {seed: record for seed, record in found.items() if record is not None}
+
+
+def _row(
+    arm: PruneArm, size: Size, comparison: PruneComparison, runs: Mapping[str, Mapping[int, Record]], notes: list[str]
+) -> dict[str, Any]:
+    own, other = runs[arm.name], {} if arm.name == comparison.control else runs[comparison.control]
+    perplexity = {}
+    for text in (Path(text).name for text in comparison.settings.perplexity):
+        mine, theirs = (
+            {seed: word for seed, r in some.items() if (word := r["perplexity"][text]["word_perplexity"]) is not None}
+            for some in (own, other)
+        )
+        tokens = {seed: record["perplexity"][text]["token_perplexity"] for seed, record in own.items()}
+        gaps = paired_differences(mine, theirs)
+        perplexity[text] = {
+            "word": mean_by_seed(mine),
+            "token": mean_by_seed(tokens),
+            "difference": gaps,
+            "lower_in": sum(gap < 0 for gap in gaps["by_seed"].values()) if gaps else None,
+        }
+        if len(mine) < len(own):
+            notes.append(f"{arm.name} at {size.label}: word perplexity on {text} is beyond a double in some trials")
+    for record in own.values():
+        notes += _off_target(f"{arm.name} at {size.label}", record)
+    shapes = next(iter(own.values()), {}).get("shapes")
+    return {
+        "name": arm.name,
+        "size": size.label,
+        "sparsity": size.sparsity,
+        "method": arm.method,
+        "control": arm.name == comparison.control,
+        "perplexity": perplexity,
+        **{key: mean_by_seed({s: r[key] for s, r in own.items() if r.get(key) is not None}) for key in AVERAGED},
+        "gone": mean_by_seed({seed: 1 - r["parameters"] / r["original_parameters"] for seed, r in own.items()}),
+        "components_gone": _components_gone(own),
+        "shapes": shapes,
+        "tasks": task_scores(own, other),
+    }
+
+
+def _off_target(title: str, record: Record) -> list[str]:
+    """A note where a model is not of the size that was asked for, so that it is not compared as if it were."""
+    target, count = record.get("target_parameters"), record["parameters"]
+    if target is None or 0 <= target - count <= SAME_SIZE * record["original_parameters"]:
+        return []
+    by = abs(count - target) / record["original_parameters"]
+    return [f"{title}: {by:.1%} of the original's parameters {'above' if count > target else 'below'} the target"]
+
+
+def _components_gone(own: Mapping[int, Record]) -> dict[str, Any]:
+    """Share of the key-value groups and of the channels that went, mean over trials."""
+    gone = {}
+    for kind, width in (("heads", "num_key_value_heads"), ("channels", "intermediate_size")):
+        by_seed = {}
+        for seed, record in own.items():
+            before = sum(shape[width] for shape in record["original_shapes"])
+            by_seed[seed] = 1 - sum(shape[width] for shape in record["shapes"]) / before
+        gone[kind] = mean_by_seed(by_seed)
+    return gone
+
+
+def _original(record: Record | None) -> dict[str, Any] | None:
+    if record is None:
+        return None
+    scores = task_scores({0: record}, {})
+    return {"perplexity": record["perplexity"], "tasks": scores, "seconds": record["wall_seconds"]}
+
+
+def _measured(records: list[Record]) -> str:
+    """`wikitext.txt: 20,000 words, 26,000 tokens, context of 1,024 tokens`."""
+    return "; ".join(
+        f"{name}: {figures.integer(found['words'])} words, {figures.integer(found['tokens'])} tokens, context of "
+        f"{figures.integer(found['max_length'])} tokens"
+        for name, found in (records[0]["perplexity"].items() if records else ())
+    )

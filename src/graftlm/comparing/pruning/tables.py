@@ -1,0 +1,158 @@
+"""The tables of a comparison of ways of pruning: the same rows on the console, as CSV, as LaTeX and in the report."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from graftlm.comparing.tables import Table
+from graftlm.reporting import figures
+
+Row = dict[str, Any]
+"""A variant at a size, of comparison.json."""
+
+
+def tables(summary: dict[str, Any]) -> list[Table]:
+    """Perplexity on every text, sizes and costs, tasks."""
+    rows = summary["rows"]
+    made = [_perplexity(summary, text) for text in summary["texts"]]
+    made.append(_costs(rows))
+    if any(row["tasks"] for row in rows):
+        made.append(_tasks(summary))
+    return made
+
+
+def perplexity(value: Any) -> str:
+    return _plain(value) if figures.is_number(value) else figures.MISSING
+
+
+def _plain(value: float, sign: str = "") -> str:
+    """`33.75`, and `2.8e+17` where the digits would say nothing."""
+    return f"{value:{sign},.2f}" if abs(value) < 1e6 else f"{value:{sign}.3g}"
+
+
+def _spread(found: Any) -> str:
+    """`33.75 ± 0.25`."""
+    if not found:
+        return figures.MISSING
+    return perplexity(found["mean"]) + (f" ± {perplexity(found['sd'])}" if found["sd"] is not None else "")
+
+
+def _gap(value: Any) -> str:
+    return _plain(value, "+").replace("-", "−") if figures.is_number(value) else ""
+
+
+def _between(ends: Sequence[float] | None) -> str:
+    return f"{_gap(ends[0])} to {_gap(ends[1])}" if ends else figures.MISSING
+
+
+def _perplexity(summary: dict[str, Any], text: str) -> Table:
+    header = (
+        *("size", "variant", "parameters", "trials", "word perplexity", "token perplexity", "minus control"),
+        *("95% interval (t)", "95% interval (bootstrap)", "lower in", "shown"),
+    )
+    rows = []
+    if original := summary["original"]:
+        found = original["perplexity"][text]
+        before = (perplexity(found["word_perplexity"]), perplexity(found["token_perplexity"]))
+        rows.append(("", "original", figures.count(summary["original_parameters"]), "1", *before, "", "", "", "", ""))
+    for row in summary["rows"]:
+        found, gap = row["perplexity"][text], row["perplexity"][text]["difference"] or {}
+        rows.append(
+            (
+                row["size"],
+                row["name"] + (" (control)" if row["control"] else ""),
+                figures.count(_of(row, "parameters")),
+                str(len(row["parameters"]["by_seed"])) if row["parameters"] else "0",
+                _spread(found["word"]),
+                _spread(found["token"]),
+                _gap(gap.get("mean")),
+                _between(gap.get("t_interval")) if gap else "",
+                _between(gap.get("bootstrap_interval")) if gap else "",
+                f"{found['lower_in']} of {gap['n']}" if gap else "",
+                gap.get("shown", ""),
+            )
+        )
+    note = (
+        f"{summary['measured']}. Means and standard deviations over trials; lower is better. Differences of word "
+        "perplexity to the control at the same size, paired by seed. Claims rest on the t interval: the bootstrap's is "
+        "too narrow for few trials."
+    )
+    return Table(f"Perplexity on {text}", header, tuple(rows), note)
+
+
+def _costs(rows: Sequence[Row]) -> Table:
+    header = (
+        *("size", "variant", "parameters", "minus target", "parameters gone", "groups gone", "channels gone"),
+        *("tokens trained on", "time", "peak memory"),
+    )
+    made = []
+    for row in rows:
+        count, target = _of(row, "parameters"), _of(row, "target_parameters")
+        over = f"{count - target:+,.0f}".replace("-", "−") if count is not None and target is not None else ""
+        made.append(
+            (
+                row["size"],
+                row["name"],
+                figures.integer(count),
+                over,
+                figures.share(_of(row, "gone")),
+                *(figures.share((row["components_gone"][kind] or {}).get("mean")) for kind in ("heads", "channels")),
+                figures.count(_of(row, "tokens")) if row["tokens"] else "none",
+                figures.duration(_of(row, "seconds")),
+                figures.size(_of(row, "peak_memory_bytes")),
+            )
+        )
+    note = (
+        "means over trials; parameters of the whole model, its embeddings included; time of pruning and training alone"
+    )
+    return Table("Sizes and costs", header, tuple(made), note)
+
+
+def _tasks(summary: dict[str, Any]) -> Table:
+    rows = summary["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
+    metric = {name: next(row["tasks"][name]["metric"] for row in rows if name in row["tasks"]) for name in names}
+    made = []
+    if original := summary["original"]:
+        scores = [original["tasks"].get(name, {}).get("mean") for name in names]
+        made.append(("", "original", *map(figures.loss, scores), figures.loss(_average(scores))))
+    for row in rows:
+        scores = [row["tasks"].get(name, {}).get("mean") for name in names]
+        made.append((row["size"], row["name"], *map(figures.loss, scores), figures.loss(_average(scores))))
+    return Table(
+        "Tasks",
+        ("size", "variant", *(f"{name} ({metric[name]})" for name in names), "average"),
+        tuple(made),
+        "means over trials; higher is better",
+    )
+
+
+def _average(scores: Sequence[Any]) -> float | None:
+    return sum(scores) / len(scores) if scores and all(map(figures.is_number, scores)) else None
+
+
+def _of(row: Row, key: str) -> Any:
+    return (row.get(key) or {}).get("mean")
+
+
+def csv_text(summary: dict[str, Any]) -> str:
+    """One line a variant, size and trial, with unrounded numbers."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    keys = ("parameters", "target_parameters", "tokens", "seconds", "peak_memory_bytes")
+    texts = [(text, kind) for text in summary["texts"] for kind in ("word", "token")]
+    names = list(dict.fromkeys(name for row in summary["rows"] for name in row["tasks"]))
+    header = ["size", "variant", "method", "control", "seed", *keys]
+    header += [f"{kind}_perplexity {text}" for text, kind in texts] + [f"minus_control {t}" for t in summary["texts"]]
+    writer.writerow([*header, *names])
+    for row in summary["rows"]:
+        for seed in (row["parameters"] or {"by_seed": {}})["by_seed"]:
+            values = [(row[key] or {"by_seed": {}})["by_seed"].get(seed, "") for key in keys]
+            found = [row["perplexity"][text][kind] or {"by_seed": {}} for text, kind in texts]
+            gaps = [row["perplexity"][text]["difference"] or {"by_seed": {}} for text in summary["texts"]]
+            scores = [row["tasks"].get(name, {}) for name in names]
+            measured = [one.get("by_seed", {}).get(seed, "") for one in (*found, *gaps, *scores)]
+            control = "yes" if row["control"] else ""
+            writer.writerow([row["size"], row["name"], row["method"], control, seed, *values, *measured])
+    return stream.getvalue()

@@ -1,0 +1,95 @@
+"""Pruning's verbs of the command line (graftlm.cli)."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from graftlm.export import verb as exporting
+from graftlm.pruning import verbs
+from graftlm.pruning.settings import METHODS, PRESETS, Rule, Similarity, parameter_count
+from graftlm.pruning.shrink import verb as shrinking
+
+Verb = Callable[..., Any]
+"""Of graftlm.cli: name, function, summary, what it does, example, what to do then -> the verb's parser."""
+
+
+def add_verbs(verb: Verb, model_help: str) -> None:
+    """Give the command line pruning's verbs."""
+    _prune(verb, model_help)
+    shrinking.add_verb(verb)
+    exporting.add_verb(verb, model_help)
+
+
+def _prune(verb: Verb, model_help: str) -> None:
+    parser = verb(
+        "prune",
+        verbs.prune,
+        "make a model smaller",
+        "Remove the heads and FFN channels that a model can best spare, from each layer as much as it can spare\n"
+        "(Adapt-Pruner), or by a method that is compared with it. What comes out opens in transformers.",
+        "graftlm prune smollm2 --sparsity 0.2 --data book.txt --out runs/small",
+        "graftlm eval runs/small --perplexity FILE --out FILE.json",
+    )
+    parser.add_argument("model", metavar="MODEL", help=model_help)
+    words = "any setting of docs/configuration.md#pruning, e.g. flap_compensation=false"
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=words)
+    size = parser.add_argument_group("how much (one of the two)")
+    size.add_argument(
+        "--sparsity", type=float, metavar="S", help="share of the parameters of heads and channels that goes, e.g. 0.2"
+    )
+    size.add_argument(
+        "--target-parameters",
+        type=_count,
+        metavar="N",
+        help="parameters that are left at most, e.g. 100M or 1.5B",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pruned model")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="text to measure importance on: a file, a folder, hub:OWNER/NAME; may be repeated (default: the demo's)",
+    )
+    parser.add_argument("--method", choices=METHODS, help="how (default adapt)")
+    parser.add_argument(
+        "--uniform",
+        action=argparse.BooleanOptionalAction,
+        help="every layer loses the same, and the model stays a stock checkpoint (default: as the method does)",
+    )
+    parser.add_argument("--iterations", type=int, metavar="T", help="steps (default: as the method does; adapt 50)")
+    parser.add_argument("--samples", type=int, metavar="N", help="calibration sequences an iteration (default 10)")
+    parser.add_argument("--sample-length", type=int, metavar="L", help="tokens a calibration sequence (default 64)")
+    parser.add_argument("--preset", choices=PRESETS, help="authors-code: 512 calibration sequences")
+    parser.add_argument(
+        "--width-multiple", type=int, metavar="N", help="channels of a layer are a multiple of N (GGUF Q8_0: 32)"
+    )
+    parser.add_argument("--min-groups", type=int, metavar="N", help="key-value groups a layer keeps (default 1)")
+    parser.add_argument("--min-channels", type=int, metavar="N", help="channels a layer keeps (default 1)")
+    parser.add_argument(
+        "--amplitude", type=float, metavar="A", help="how far layers' importance moves their sparsity (default 0.02)"
+    )
+    parser.add_argument("--rule", choices=get_args(Rule), help="of the layers' sparsity (default cumulative)")
+    parser.add_argument(
+        "--similarity", choices=get_args(Similarity), help="of a layer's input and output (default cosine)"
+    )
+    parser.add_argument(
+        "--as-published",
+        dest="exact",
+        action="store_const",
+        const=False,
+        help="a layer keeps int(n (1 - s)), whatever the sum, instead of meeting --sparsity exactly",
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="of the calibration sequences (default 0)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="the weights' (default float32)"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def _count(text: str) -> int:
+    try:
+        return parameter_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

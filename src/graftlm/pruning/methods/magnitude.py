@@ -1,0 +1,37 @@
+"""Control: the components with the smallest weights go first."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from graftlm.anatomy import Block
+from graftlm.importance import by_component
+from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
+from graftlm.pruning.layer_sparsity import allocation
+from graftlm.pruning.parts import parts
+from graftlm.pruning.prune import iterate
+from graftlm.pruning.settings import PruneSettings
+
+
+@torch.no_grad()
+def magnitude(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The sum of |value| over all that goes with a component, by block name: float32 [components]."""
+    scores = {}
+    for block in blocks:
+        total = torch.zeros(block.components, device=model.device)
+        for part in parts(model, block):
+            values = part.parameter.float().abs()
+            along = values if values.dim() == 1 else values.sum(1 - part.matrix.dim)  # [rows] or [columns]
+            total += by_component(along, part.matrix, block.components)
+        scores[block.name] = total
+    return scores
+
+
+def prune(
+    model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
+) -> Pruned:
+    allocate = allocation(settings, uniform=True)
+    iterations = settings.iterations or 1
+    return iterate(model, settings, calibration, heard, measure=magnitude, allocate=allocate, iterations=iterations)

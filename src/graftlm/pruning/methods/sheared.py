@@ -1,0 +1,180 @@
+"""Sheared-LLaMA: masks learned under a constraint on the shape (Xia et al. 2024, arXiv 2310.06694, section 2.1).
+
+Every key-value group and every channel has a hard concrete gate on what it gives to its output projection. Gates,
+weights and Lagrange multipliers are trained together on the calibration data, min over gates and weights, max over
+multipliers; the wanted sparsity grows linearly over the first fifth of the steps. Then the components with the highest
+gates stay, as many as the target shape has, and what the gates have come to is multiplied into the output
+projections. Every layer has the same target, so that the result has a uniform shape.
+
+We differ from the authors' code (princeton-nlp/LLM-Shearing): groups are masked in place of query heads; layers and the
+hidden size have no masks; training is 100 steps of the calibration's sequences, where theirs is 3,200 steps of 131,072
+tokens, and the gates' learning rate therefore 0.1 in place of 1.0, with which so few steps close and open all of a
+layer's gates at once. `sheared_weight_rate: 0` trains the gates only.
+Left out: dynamic batch loading, which mixes domains of training data; calibration has one.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from graftlm.anatomy import Block, linear
+from graftlm.errors import UserError
+from graftlm.importance import with_labels
+from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
+from graftlm.pruning.hard_concrete import LARGEST, OPEN, Constraint, open_probability, sampled, settled
+from graftlm.pruning.inputs import output_of
+from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
+from graftlm.pruning.prune import strongest
+from graftlm.pruning.ranking import uniform_counts
+from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.surgery import keep_components, prunable_blocks
+from graftlm.pruning.targets import find_target
+
+WARM_UP_TARGET = 0.2
+"""Share of the steps over which the wanted sparsity grows."""
+WARM_UP_RATE = 0.1
+"""Share of the steps over which the weights' learning rate grows; it then falls to a tenth along a cosine."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What training the masks gave."""
+
+    scores: Mapping[str, Tensor]
+    """By block, the log alpha of every component's gate: float32 [components]."""
+    sparsity: Mapping[str, float]
+    """By block, the expected sparsity that was reached."""
+    losses: tuple[float, ...]
+    """Language modelling loss of every step, gates included."""
+
+
+def learn_masks(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    targets: Mapping[str, float],
+    calibration: Calibration,
+    settings: PruneSettings,
+) -> Learned:
+    """Train gates (and the weights of `model`, in place) so that each block comes to its sparsity in `targets`."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    gates = {b.name: nn.Parameter(torch.full((b.components,), OPEN, device=device)) for b in blocks}
+    with torch.no_grad():
+        for gate in gates.values():  # equal gates would have no order
+            gate.add_(torch.randn(gate.shape, generator=generator, device=device), alpha=1e-2).clamp_(-LARGEST, LARGEST)
+    by_kind: dict[str, list[str]] = {}
+    for block in blocks:
+        by_kind.setdefault(block.kind, []).append(block.name)
+    constraints = nn.ModuleDict({kind: Constraint() for kind in by_kind}).to(device)
+    wanted = {kind: torch.tensor([targets[n] for n in names], device=device) for kind, names in by_kind.items()}
+    steps = settings.sheared_steps
+    optimizer, schedule = _optimizer(model, list(gates.values()), constraints, settings)
+    drawn: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(output_of(block).module).register_forward_pre_hook(partial(_gated, block, drawn))
+        for block in blocks
+    ]
+    was_training, losses = model.training, []
+    model.train()
+    try:
+        for step in range(steps):
+            for name, gate in gates.items():
+                noise = torch.rand(gate.shape, generator=generator, device=device)
+                drawn[name] = sampled(gate, noise)
+            share = min(1.0, (step + 1) / max(1, WARM_UP_TARGET * steps))
+            loss = penalised = _loss(model, calibration(step), device)
+            for kind, constraint in constraints.items():
+                expected = torch.stack([1 - open_probability(gates[name]).mean() for name in by_kind[kind]])
+                penalised = penalised + constraint(expected, share * wanted[kind])
+            optimizer.zero_grad()
+            penalised.backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for gate in gates.values():
+                    gate.clamp_(-LARGEST, LARGEST)
+            losses.append(float(loss.detach()))
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+        model.zero_grad()
+    scores = {name: gate.detach().cpu() for name, gate in gates.items()}
+    return Learned(
+        scores, {name: 1 - float(open_probability(score).mean()) for name, score in scores.items()}, tuple(losses)
+    )
+
+
+@torch.no_grad()
+def multiply_gates(model: nn.Module, blocks: Sequence[Block], scores: Mapping[str, Tensor]) -> None:
+    """Multiply the columns of the output projections with the gates of their components, in place."""
+    for block in blocks:
+        weight = linear(model, output_of(block).module).weight
+        weight.mul_(_by_column(block, settled(scores[block.name])).to(weight))
+
+
+def _gated(block: Block, drawn: Mapping[str, Tensor], _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[0] * _by_column(block, drawn[block.name]).to(args[0].dtype), *args[1:]
+
+
+def _by_column(block: Block, by_component: Tensor) -> Tensor:
+    """[components] -> [columns of the output projection]."""
+    return by_component.repeat_interleave(block.slots * block.width)
+
+
+def _optimizer(
+    model: nn.Module, gates: list[nn.Parameter], constraints: nn.Module, settings: PruneSettings
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    groups: list[dict[str, Any]] = [
+        {"params": gates, "lr": settings.sheared_gate_rate},
+        {"params": list(constraints.parameters()), "lr": settings.sheared_multiplier_rate, "maximize": True},
+    ]
+    scales: list[Callable[[int], float]] = [lambda _: 1.0, lambda _: 1.0]
+    if settings.sheared_weight_rate:
+        groups.append({"params": list(model.parameters()), "lr": settings.sheared_weight_rate})
+        scales.append(partial(_rate, steps=settings.sheared_steps))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, scales)
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = WARM_UP_RATE * steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
+
+
+def _loss(model: PreTrainedModel, batches: list[Batch], device: torch.device) -> Tensor:
+    """Mean loss over batches; where none of a batch's tokens is supervised, all are."""
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        inputs = with_labels({key: value.to(device) for key, value in batch.items()})
+        total = total + model(**inputs, use_cache=False).loss
+    return total / len(batches)
+
+
+def prune(
+    model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
+) -> Pruned:
+    if settings.uniform is False:
+        raise UserError("prune: sheared makes all layers alike, as its paper does; leave uniform out")
+    before = Before.of(model)
+    wanted_parameters(model, settings)  # refuses iterations
+    blocks = prunable_blocks(model)
+    counts = uniform_counts(find_target(model, settings, uniform=True))
+    targets = {block.name: 1 - counts[block.name] / block.components for block in blocks}
+    learned = learn_masks(model, blocks, targets, calibration, settings)
+    multiply_gates(model, blocks, learned.scores)
+    kept = {block.name: torch.arange(block.components) for block in blocks} | strongest(learned.scores, counts)
+    missed = max(abs(learned.sparsity[name] - targets[name]) for name in targets)
+    note = (
+        f"sheared: {settings.sheared_steps} steps, loss {learned.losses[0]:.3f} -> {learned.losses[-1]:.3f}; the "
+        f"gates' expected sparsity misses a layer's target by {missed:.3f} at most"
+    )
+    return pruned_from(before, keep_components(model, kept), settings, kept, heard, notes=(note,))

@@ -1,0 +1,59 @@
+"""ShortGPT: whole layers go, those that change their input least (Men et al. 2024, arXiv 2403.03853).
+
+A layer's block influence is 1 minus the cosine similarity of what enters and what leaves it, averaged over tokens
+(eq. 1); the layers with the least go, all in one step. As many as the parameter target needs: the model lands up to one
+layer below it, never above. Which layers go is the paper's; that a target decides how many is ours, and `similarity`
+may take the cosine's place.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from graftlm.anatomy import decoder_layers
+from graftlm.errors import UserError
+from graftlm.pruning.base import Calibration, Pruned, PruneStep
+from graftlm.pruning.layer_importance import layer_importance
+from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
+from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.surgery import keep_layers, prunable_blocks
+
+
+def prune(
+    model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
+) -> Pruned:
+    before, wanted = Before.of(model), wanted_parameters(model, settings)
+    # Ranked, block influence is the importance of layers of Adapt-Pruner: that is it minus the mean, scaled.
+    influence = layer_importance(model, calibration(0), settings.similarity)
+    _, layers = decoder_layers(model)
+    sizes = [_parameters(layer) for layer in layers]
+    left, stay = before.parameters, set(range(len(sizes)))
+    for index in influence.argsort(stable=True).tolist():
+        if left <= wanted:
+            break
+        stay.remove(index)
+        left -= sizes[index]
+    if not stay or left > wanted:
+        least = before.parameters - sum(sizes) + min(sizes)
+        raise UserError(
+            f"prune: shortgpt keeps one layer at least, which leaves {least:,} parameters, above the {wanted:,} asked "
+            "for; ask for more"
+        )
+    ids = sorted(stay)
+    kept = {
+        block.name: torch.arange(block.components if block.layer in stay else 0) for block in prunable_blocks(model)
+    }
+    gone = [i for i in range(len(sizes)) if i not in stay]
+    note = (
+        f"shortgpt: layers {', '.join(map(str, gone)) or 'none'} of {len(sizes)} went (from 0); a layer is "
+        f"{max(sizes):,} parameters, so the model is {wanted - left:,} below what was asked for"
+    )
+    model = keep_layers(model, ids)
+    importance = tuple(influence.tolist())
+    return pruned_from(before, model, settings, kept, heard, layer_importance=importance, notes=(note,))
+
+
+def _parameters(layer: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in layer.parameters())

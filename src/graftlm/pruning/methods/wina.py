@@ -1,0 +1,46 @@
+"""Pruning by activation times weight, as WINA chooses neurons (Chen et al. 2025, arXiv 2505.19427, section 3).
+
+WINA keeps, at every token, the inputs x_j of a linear layer with the largest |x_j| * ||W_:,j||_2. It switches them off
+while the model runs and removes nothing; here the same score, averaged over tokens, says which components go for good.
+We differ: one score a component (the sum over the columns of the output projection that it feeds) in place of one a
+column, and only the output projections are looked at.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from graftlm.anatomy import Block
+from graftlm.importance import by_component
+from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
+from graftlm.pruning.inputs import column_norms, output_of, watch_inputs
+from graftlm.pruning.layer_sparsity import allocation
+from graftlm.pruning.prune import iterate
+from graftlm.pruning.settings import PruneSettings
+
+
+def wina(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Mean over tokens of |input| times the norm of its column, summed over a component: float32 [components]."""
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = dict.fromkeys((block.name for block in blocks), 0)
+
+    def see(block: Block, inputs: Tensor, mask: Tensor) -> None:
+        sums[block.name] = sums.get(block.name, torch.zeros(())) + inputs[mask].abs().sum(0).cpu()
+        tokens[block.name] += int(mask.sum())
+
+    watch_inputs(model, blocks, batches, see)
+    scores = {}
+    for block in blocks:
+        columns = sums[block.name] / tokens[block.name] * column_norms(model, block).sqrt().cpu()
+        scores[block.name] = by_component(columns, output_of(block), block.components).float()
+    return scores
+
+
+def prune(
+    model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
+) -> Pruned:
+    allocate = allocation(settings, uniform=True)
+    iterations = settings.iterations or 1
+    return iterate(model, settings, calibration, heard, measure=wina, allocate=allocate, iterations=iterations)

@@ -1,0 +1,72 @@
+"""What the methods that prune in one step, and not component by component, have in common."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from graftlm.errors import UserError
+from graftlm.pruning.base import Pruned, PruneStep
+from graftlm.pruning.parts import component_cost
+from graftlm.pruning.prune import count_parameters
+from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.shapes import LayerShape, shapes_of
+from graftlm.pruning.surgery import prunable_blocks
+
+
+def wanted_parameters(model: PreTrainedModel, settings: PruneSettings) -> int:
+    """Parameters that the pruned model has at most, whatever it is pruned of. A sparsity asks for the same number as it
+    does of methods that remove components: the model without that share of its heads' and channels' parameters.
+
+    Raises UserError for a target above the model, and for iterations: there is one.
+    """
+    if settings.iterations not in (None, 1):
+        raise UserError(f"prune: {settings.method} prunes in one step, not {settings.iterations}; leave iterations out")
+    total = count_parameters(model)
+    if settings.target_parameters is not None:
+        if settings.target_parameters > total:
+            raise UserError(
+                f"prune: target_parameters {settings.target_parameters:,} is above the model's {total:,}; ask for less"
+            )
+        return settings.target_parameters
+    components = sum(block.components * component_cost(model, block) for block in prunable_blocks(model))
+    return total - components + math.floor(components * (1 - Fraction(str(settings.sparsity))))
+
+
+@dataclass(frozen=True)
+class Before:
+    """The model that a method is given, as its report needs it."""
+
+    shapes: tuple[LayerShape, ...]
+    parameters: int
+    began: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Before":
+        return cls(tuple(shapes_of(model)), count_parameters(model), time.perf_counter())
+
+
+def pruned_from(
+    before: Before,
+    model: PreTrainedModel,
+    settings: PruneSettings,
+    kept: Mapping[str, Tensor],
+    heard: Callable[[PruneStep], None],
+    *,
+    layer_importance: tuple[float, ...] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Pruned:
+    """The report of one step that ends now, which `heard` is told of."""
+    shapes, parameters = tuple(shapes_of(model)), count_parameters(model)
+    seconds = time.perf_counter() - before.began
+    step = PruneStep(
+        iteration=1, parameters=parameters, shapes=shapes, layer_importance=layer_importance, seconds=seconds
+    )
+    heard(step)
+    return Pruned(
+        model, settings, before.shapes, before.parameters, shapes, parameters, (step,), kept, seconds, notes
+    )  # fmt: skip

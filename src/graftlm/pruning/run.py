@@ -1,0 +1,203 @@
+"""`graftlm prune`: from the name of a model to a folder that holds it pruned, and a screenful on what was done."""
+
+import glob
+import math
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from graftlm.anatomy import decoder_layers
+from graftlm.errors import UserError
+from graftlm.files import UNFINISHED
+from graftlm.models import check_vocabulary, load_model, load_tokenizer
+from graftlm.pruning.base import Pruned, PruneStep
+from graftlm.pruning.calibration import TextCalibration, calibration_from
+from graftlm.pruning.prune import prune
+from graftlm.pruning.saving import SUMMARY, save_pruned
+from graftlm.pruning.settings import PruneSettings
+from graftlm.reporting.pruning import write_report
+from graftlm.training.config import SourceConfig
+from graftlm.training.held_out import mean_loss
+
+ROWS = 8
+"""Of the table of layers."""
+LINES = 10
+"""Of progress, at most, where there is no terminal."""
+
+
+def run_prune(
+    model_name: str,
+    settings: PruneSettings,
+    data: Sequence[SourceConfig] | None,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> Pruned:
+    """Prune the model called `model_name` and write it to the folder `out`, whole or not at all.
+
+    data: what importance is measured on; None: the demo's text. On a GPU where there is one.
+
+    Raises UserError where the model, the data, the target or `out` will not do; a folder that holds anything but an
+    earlier pruned model is never replaced.
+    """
+    out = Path(out)
+    check_out(out)
+    tokenizer = load_tokenizer(model_name, trust_remote_code=trust_remote_code)
+    calibration = calibration_from(tokenizer, settings, data, progress=progress)
+    model = load_model(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_vocabulary(model, tokenizer)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and settings.sample_length > context:
+        raise UserError(
+            f"prune: sample_length {settings.sample_length} is above the model's context of {context} tokens"
+        )
+    if torch.cuda.is_available():
+        model.to("cuda")  # type: ignore[arg-type]
+    before, layers = _loss(model, calibration), layer_parameters(model)
+    with _Bar(settings.method, progress) as bar:
+        pruned = prune(model, settings, calibration, bar.step)
+    after = _loss(pruned.model, calibration)
+    pruned = replace(pruned, notes=(*calibration.notes, *pruned.notes))
+    where = ", ".join(source.path for source in data) if data else "the demo's text"
+    measured = {
+        "calibration": calibration.size,
+        "held_out_sequences": len(calibration.held_back),
+        "held_out_loss_before": before,
+        "held_out_loss": after,
+        "layer_parameters": layer_parameters(pruned.model),
+        "original_layer_parameters": layers,
+    }
+    words = f"{calibration.size} of {where}, drawn anew in each iteration"
+    save_pruned(pruned, tokenizer, out, base_model=model_name, data=words, extra=measured)
+    report = write_report(out)
+    _print(pruned, calibration, layers, before, after)
+    _print_end(pruned, model_name, data, out, report)
+    return pruned
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError where `out` is anything but new, empty, or a pruned model (which is replaced). What a killed
+    process left of writing it is removed."""
+    if out.is_dir() and not ((out / SUMMARY).is_file() or not any(out.iterdir())):
+        raise UserError(f"{out}: is there and is no pruned model (no {SUMMARY}); give another --out, or delete it")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder as --out")
+    for left in out.parent.glob(f".{glob.escape(out.name)}{UNFINISHED}*"):
+        shutil.rmtree(left)
+
+
+def layer_parameters(model: nn.Module) -> list[int]:
+    """Parameters of every decoder layer."""
+    return [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)[1]]
+
+
+def _loss(model: nn.Module, calibration: TextCalibration) -> float | None:
+    """Mean over the tokens held back, in nats; None where there are none, or where it is no number."""
+    loss = mean_loss(model, calibration.held_out())
+    return loss if math.isfinite(loss) else None
+
+
+class _Bar:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, title: str, shown: bool):
+        self._console = Console(stderr=True)
+        self._shown = shown
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
+        figures = (TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+        live = shown and self._console.is_terminal
+        self._progress = Progress(*columns, *figures, console=self._console, transient=True, disable=not live)
+        self._task = self._progress.add_task(title, total=None, figures="")
+        self._title = title
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def step(self, step: PruneStep) -> None:
+        figures = f"{step.parameters:,} parameters  {step.seconds:.2f} s"
+        self._progress.update(self._task, completed=step.iteration, total=step.iterations, figures=figures)
+        due = step.iteration % -(-step.iterations // LINES) == 0 or step.iteration == step.iterations
+        if self._shown and due and not self._console.is_terminal:
+            line = f"{self._title}  {step.iteration}/{step.iterations}  {figures}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def _print(
+    pruned: Pruned, calibration: TextCalibration, layers: list[int], before: float | None, after: float | None
+) -> None:
+    console = Console()
+    console.print(_table(pruned, layers))
+    removed = 1 - pruned.parameters / pruned.original_parameters
+    lines = [
+        f"parameters {pruned.original_parameters:,} -> {pruned.parameters:,} ({removed:.1%} fewer, embeddings counted)"
+    ]
+    if pruned.steps:
+        each = sum(step.seconds for step in pruned.steps) / len(pruned.steps)
+        lines.append(
+            f"{pruned.seconds:.1f} s: {len(pruned.steps)} iterations of {each:.2f} s, on {calibration.size} each"
+        )
+    else:
+        lines.append(f"{pruned.seconds:.1f} s, on {calibration.size}")
+    held = f"{len(calibration.held_back)} sequences of {calibration.length} tokens held back"
+    lines.append(
+        "no loss measured: too few sequences to hold any back"
+        if before is None
+        else f"loss {before:.4f} -> {'not finite' if after is None else f'{after:.4f}'} nats a token, on {held}"
+    )
+    for line in (*lines, *(f"note: {note}" for note in pruned.notes)):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _table(pruned: Pruned, layers: list[int]) -> Table:
+    """What is left of ranges of layers, of about the same length."""
+    now = layer_parameters(pruned.model)
+    table = Table("layers", "key-value groups", "channels", "parameters", "of before", header_style="bold")
+    if len(now) != len(layers) or not pruned.shapes:  # whole layers went
+        table.add_row(f"{len(layers)} -> {len(now)}", "", "", f"{sum(now):,}", f"{sum(now) / sum(layers):.1%}")
+        return table
+    size = -(-len(now) // ROWS)
+    for first in range(0, len(now), size):
+        some = slice(first, first + size)
+        kept, left, had = pruned.shapes[some], sum(now[some]), sum(layers[some])
+        groups = _range([shape.num_key_value_heads for shape in kept])
+        channels = _range([shape.intermediate_size for shape in kept])
+        last = first + len(kept) - 1
+        name = str(first) if last == first else f"{first}-{last}"
+        table.add_row(name, groups, channels, f"{left:,}", f"{left / had:.1%}")
+    return table
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _print_end(pruned: Pruned, model_name: str, data: Sequence[SourceConfig] | None, out: Path, report: Path) -> None:
+    """What to do next; beside an adaptive model its control always belongs."""
+    console = Console()
+    console.print(Text(f"written to {out}; plots in {report}"), soft_wrap=True)
+    if len(set(pruned.shapes)) > 1:
+        words = ["graftlm", "prune", model_name, "--target-parameters", str(pruned.parameters), "--uniform"]
+        words += ["--method", pruned.settings.method]
+        words += [word for source in data or () for word in ("--data", source.path)]
+        command = shlex.join([*words, "--out", f"{out}-uniform"])
+        console.print(Text(f"compare it with its uniform control: {command}"), soft_wrap=True)

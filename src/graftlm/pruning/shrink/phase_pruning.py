@@ -1,0 +1,146 @@
+"""The first half of a phase: a smaller model, and what its training goes on from, in one folder that is there whole or
+not at all."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from graftlm.errors import UserError
+from graftlm.files import atomic_folder, read_json, write_json
+from graftlm.models import load_model, load_skeleton, load_tokenizer
+from graftlm.pruning.base import Pruned, PruneStep
+from graftlm.pruning.calibration import calibration_from
+from graftlm.pruning.prune import prune
+from graftlm.pruning.saving import save_pruned
+from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.shapes import shapes_of
+from graftlm.pruning.shrink.config import Shrink
+from graftlm.pruning.shrink.folders import PhaseFolder
+from graftlm.pruning.shrink.phases import Phase
+from graftlm.pruning.surgery import kept_slices
+from graftlm.training.checkpoints import list_checkpoints
+from graftlm.training.data import prepare_data
+from graftlm.training.held_out import mean_loss
+from graftlm.training.layout import run_device
+from graftlm.training.phases import write_phase_start
+
+ADAPT_ITERATIONS = 50
+"""Of Adapt-Pruner from the original to the target, which phases share out."""
+
+
+def prune_settings(shrink: Shrink, phase: Phase, phases: int) -> PruneSettings:
+    """How a phase of so many prunes; each sees calibration sequences of its own."""
+    settings = shrink.prune
+    iterations = settings.iterations
+    if iterations is None and settings.method == "adapt":
+        iterations = math.ceil(ADAPT_ITERATIONS / phases)
+    return dataclasses.replace(
+        settings,
+        iterations=iterations,
+        sparsity=None,
+        target_parameters=phase.parameters,
+        seed=settings.seed + phase.number - 1,
+    )
+
+
+def prune_phase(
+    shrink: Shrink, folder: PhaseFolder, before: PhaseFolder | None, phases: int, heard: Callable[[PruneStep], None]
+) -> None:
+    """Make `folder.pruned` from what the phase before has trained, or from the original model.
+
+    heard: is told of every PruneStep.
+    """
+    began = time.monotonic()
+    run = shrink.run
+    name = str(before.trained) if before else run.model
+    how: dict[str, Any] = {"attn_implementation": run.attn_implementation, "trust_remote_code": run.trust_remote_code}
+    model = load_model(name, dtype=run.dtype, **how)
+    tokenizer = load_tokenizer(name, chat_template=run.chat_template, trust_remote_code=run.trust_remote_code)
+    model.to(run_device(model))  # type: ignore[arg-type]
+    losses = _Losses(shrink, tokenizer)
+    told = read_json(before.summary) if before else None
+    loss_before = told["eval_loss_end"] if told else losses.of(model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    original = sum(p.numel() for p in model.parameters())
+    settings = prune_settings(shrink, folder.phase, phases)
+    pruned: Pruned | None = None
+    set_seed(run.seed + folder.phase.number)
+    if original > folder.phase.parameters:
+        calibration = calibration_from(tokenizer, settings, shrink.settings.data, cache_dir=run.cache_dir)
+        pruned = prune(model, settings, calibration, heard)
+        model = pruned.model
+    slices = _slices(name, how, pruned, model, shapes) if before and shrink.settings.keep_moments else {}
+    loss_after = losses.of(model) if pruned else loss_before
+    facts = {
+        "phase": folder.phase.number,
+        "target_parameters": folder.phase.parameters,
+        "parameters_before": original,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "eval_loss_before_pruning": loss_before,
+        "eval_loss_after_pruning": loss_after,
+        "shapes": [shape.overrides() for shape in shapes_of(model)],
+        "layer_importance": [step.layer_importance for step in pruned.steps] if pruned else [],
+        "notes": list(pruned.notes) if pruned else [],
+    }
+    with atomic_folder(folder.pruned) as temporary:
+        save_pruned(pruned or model, tokenizer, temporary)
+        if before:
+            folder.start_in(temporary).mkdir()
+            write_phase_start(
+                folder.start_in(temporary),
+                list_checkpoints(before.train)[-1],
+                eval_loss=loss_after,
+                shapes=shapes if shrink.settings.keep_moments else None,
+                slices=slices,
+            )
+        write_json(folder.facts_in(temporary), {**facts, "seconds": round(time.monotonic() - began, 3)})
+
+
+def _slices(
+    name: str,
+    how: Mapping[str, Any],
+    pruned: Pruned | None,
+    model: PreTrainedModel,
+    shapes: Mapping[str, torch.Size],
+) -> dict[str, tuple[int, Tensor]]:
+    """What of each parameter of the model `name` is in `model`. UserError where a method has made something else."""
+    if pruned is None:
+        return {}
+    unpruned = load_skeleton(name, **how)
+    assert unpruned is not None  # a folder of ours
+    slices = kept_slices(unpruned, pruned.kept)
+    for path, parameter in model.named_parameters():
+        wanted = list(shapes[path]) if path in shapes else None
+        if wanted is not None and path in slices:
+            wanted[slices[path][0]] = len(slices[path][1])
+        if wanted != list(parameter.shape):
+            raise UserError(
+                f"keep_moments: {pruned.settings.method} changes more of {path} than taking components out, so its "
+                "moments cannot survive; set keep_moments: false"
+            )
+    return slices
+
+
+class _Losses:
+    """Held-out loss of the models of a phase, on what its training is evaluated on."""
+
+    def __init__(self, shrink: Shrink, tokenizer: PreTrainedTokenizerBase):
+        self._run = shrink.run
+        self._data = prepare_data(shrink.run, tokenizer)
+
+    def of(self, model: PreTrainedModel) -> float | None:
+        """None without held-out data."""
+        data, size = self._data.evaluation, self._run.per_device_eval_batch_size
+        if data is None or not (count := len(data)):  # type: ignore[arg-type]
+            return None
+        batches = (
+            self._data.collator([data[i] for i in range(s, min(s + size, count))]) for s in range(0, count, size)
+        )
+        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=self._run.bf16):
+            return mean_loss(model, batches)

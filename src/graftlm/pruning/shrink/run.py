@@ -1,0 +1,201 @@
+"""`graftlm shrink`: phases of pruning and training, each in a folder of its own, until the model has its size.
+
+Killed at any moment, the same call goes on: what is finished lies in folders that are there whole or not at all, and
+training goes on from its last checkpoint.
+"""
+
+import dataclasses
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from graftlm.environment import describe_environment
+from graftlm.errors import UserError
+from graftlm.files import read_json, remove_unfinished, write_json, write_text
+from graftlm.models import load_model, load_tokenizer
+from graftlm.pruning.base import PruneStep
+from graftlm.pruning.saving import save_pruned
+from graftlm.pruning.shapes import shapes_of
+from graftlm.pruning.shrink.card import shrunk_card
+from graftlm.pruning.shrink.config import Shrink, load_shrink
+from graftlm.pruning.shrink.folders import PhaseFolder
+from graftlm.pruning.shrink.phase_pruning import prune_phase, prune_settings
+from graftlm.pruning.shrink.phases import Phase, phases_of
+from graftlm.pruning.shrink.story import print_summary, summarise, write_metrics
+from graftlm.pruning.targets import find_target
+from graftlm.reporting import figures
+from graftlm.training.arguments import check_optimizer
+from graftlm.training.checkpoints import list_checkpoints
+from graftlm.training.config import RunConfig
+from graftlm.training.plan import load_skeleton
+from graftlm.training.run import train_one
+
+ONCE = ("slicegpt",)
+"""Methods that cannot prune what they have pruned."""
+FREE = {
+    *("keep", "train.save_total_limit", "train.report_to", "train.logging_steps"),
+    *("train.per_device_eval_batch_size",),
+}
+"""What may differ when a shrink goes on, without changing a weight."""
+
+
+def shrink(path: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None) -> dict[str, Any]:
+    """Shrink as the config in `path` says, or go on with it; returns summary.json.
+
+    Raises UserError for anything a person can mend; what was finished before stays.
+    """
+    return run_shrink(load_shrink(path, overrides), console=console)
+
+
+def run_shrink(task: Shrink, *, console: Console | None = None) -> dict[str, Any]:
+    """`shrink`, of a config that has been read. A finished one is left as it is."""
+    given, console = console, console or Console(stderr=True)
+    check_optimizer(task.run)
+    folder = task.folder
+    finished = folder / "summary.json"
+    if (folder / "config.yaml").exists():
+        _check_same_config(task)
+    if finished.exists():
+        summary: dict[str, Any] = read_json(finished)
+        told = f"{folder} is finished; nothing to do (delete it, or give another output_dir)"
+        console.print(told, highlight=False, soft_wrap=True)
+        return summary
+    folders = _open(task)
+    for number, here in enumerate(folders):
+        before = folders[number - 1] if number else None
+        _phase(task, here, before, len(folders), console)
+        write_metrics(folder, folders[: number + 1])
+    summary = summarise(task, read_json(folder / "phases.json"), folders)
+    _save(task, folders[-1], summary)
+    write_json(finished, summary)
+    if task.settings.keep == "last":
+        folders[-1].drop_weights()
+    print_summary(summary, folder, console=given)
+    return summary
+
+
+def plan_phases(task: Shrink) -> dict[str, Any]:
+    """What phases.json holds: the phases, and what is known of the original model. Raises UserError for a size that
+    the model cannot have."""
+    model: Any = load_skeleton(task.run)
+    original = sum(p.numel() for p in model.parameters())
+    found = find_target(model, task.prune, uniform=bool(task.prune.uniform))
+    target = task.settings.target_parameters or original - found.original + found.budget
+    phases = phases_of(
+        original,
+        target,
+        task.run.max_steps,
+        interleaves=task.settings.interleaves,
+        schedule=task.settings.schedule,
+        shares=task.settings.shares,
+    )
+    if len(phases) > 1 and task.prune.method in ONCE:
+        raise UserError(f"prune.method: {task.prune.method} prunes a model only once; set interleaves: 1")
+    return {
+        "original_parameters": original,
+        "original_shapes": [shape.overrides() for shape in shapes_of(model)],
+        "target_parameters": target,
+        "phases": [dataclasses.asdict(phase) for phase in phases],
+    }
+
+
+def phase_config(task: Shrink, here: PhaseFolder) -> RunConfig:
+    """The run that trains a phase."""
+    return dataclasses.replace(
+        task.run,
+        model=str(here.pruned),
+        output_dir=str(here.train),
+        phase=(here.phase.first, here.phase.end),
+    )
+
+
+def _open(task: Shrink) -> list[PhaseFolder]:
+    """Make the folder, or find it begun."""
+    folder, plan = task.folder, task.folder / "phases.json"
+    if not plan.exists():
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+            raise UserError(f"output_dir: {folder} holds something else; give another")
+        write_text(
+            folder / "config.yaml", yaml.safe_dump(task.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        )
+        write_json(folder / "environment.json", describe_environment())
+        write_json(plan, plan_phases(task))
+    folders = [PhaseFolder(folder, Phase(**phase)) for phase in read_json(plan)["phases"]]
+    for place in (folder, *(one.path for one in folders)):
+        remove_unfinished(place)
+    return folders
+
+
+def _phase(task: Shrink, here: PhaseFolder, before: PhaseFolder | None, phases: int, console: Console) -> None:
+    phase = here.phase
+    title = f"phase {phase.number} of {phases}"
+    if not here.facts.exists():
+        total = prune_settings(task, phase, phases).iterations
+
+        def heard(step: PruneStep) -> None:
+            of = f" of {total}" if total else ""
+            status.update(f"{title}: pruning, iteration {step.iteration}{of}, {step.parameters:,} parameters")
+
+        with console.status(f"{title}: pruning to {phase.parameters:,} parameters") as status:
+            prune_phase(task, here, before, phases, heard)
+        _free()
+        _tell(here, title, console)
+    if before and task.settings.keep == "last":
+        before.drop_weights()
+    if not here.summary.exists():
+        if before:
+            here.put_checkpoint(before)
+        train_one(phase_config(task, here), resume=bool(list_checkpoints(here.train)), lean=True)
+        _free()
+
+
+def _tell(here: PhaseFolder, title: str, console: Console) -> None:
+    facts, phase = read_json(here.facts), here.phase
+    lost = 1 - facts["parameters"] / facts["parameters_before"]
+    losses = [figures.loss(facts[f"eval_loss_{when}_pruning"]) for when in ("before", "after")]
+    console.print(
+        f"{title}: {facts['parameters']:,} parameters ({lost:.2%} fewer), loss {losses[0]} -> {losses[1]}; training "
+        f"steps {phase.first + 1} to {phase.end}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _save(task: Shrink, last: PhaseFolder, summary: dict[str, Any]) -> None:
+    run = task.run
+    target = task.folder / "model"
+    if target.exists():  # whole, or not there
+        return
+    code = run.trust_remote_code
+    model = load_model(str(last.trained), dtype=run.dtype, trust_remote_code=code)
+    tokenizer = load_tokenizer(str(last.trained), trust_remote_code=code)
+    save_pruned(model, tokenizer, target, card=shrunk_card(model, task, summary))
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _check_same_config(task: Shrink) -> None:
+    path = task.folder / "config.yaml"
+    old, new = _flat(load_shrink(path).to_dict()), _flat(task.to_dict())
+    changed = [key for key in new if new[key] != old.get(key) and key not in FREE]
+    if changed:
+        raise UserError(
+            f"{path}: {changed[0]} was {old.get(changed[0])!r} and is now {new[changed[0]]!r}; a shrink that goes on "
+            "keeps its settings (give another output_dir for a new one)"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

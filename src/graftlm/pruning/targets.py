@@ -1,0 +1,224 @@
+"""How many components each block keeps, so that the model lands on its target: the nearest below it.
+
+A step is what may be taken or left at once: a component; `width_multiple` channels; that in every layer when uniform.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+from torch import nn
+
+from graftlm.anatomy import KINDS, Block, Kind
+from graftlm.errors import UserError
+from graftlm.pruning.parts import component_cost
+from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.surgery import prunable_blocks
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The blocks of one kind: lists over blocks, in the order of `names`."""
+
+    kind: Kind
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    """Components of the original."""
+    costs: tuple[int, ...]
+    """Parameters of one component."""
+    step: int
+    """Components are kept in multiples of this."""
+    least: tuple[int, ...]
+    """Components that must stay."""
+
+    @property
+    def most(self) -> tuple[int, ...]:
+        """Components that may stay: whole steps of the original's."""
+        return tuple(count // self.step * self.step for count in self.counts)
+
+    def parameters(self, counts: Sequence[int]) -> int:
+        return sum(count * cost for count, cost in zip(counts, self.costs, strict=True))
+
+    @cached_property
+    def one_step(self) -> int:
+        """Parameters of a step in one block, the dearest."""
+        return self.step * max(self.costs)
+
+    @property
+    def alike(self) -> bool:
+        return len(set(zip(self.counts, self.costs, strict=True))) == 1
+
+
+def sizes_of(model: nn.Module, settings: PruneSettings) -> tuple[Sizes, ...]:
+    """What there is to prune, heads first. UserError where a layer cannot keep what the settings ask for."""
+    blocks = prunable_blocks(model)
+    found = []
+    for kind in KINDS:
+        own = [block for block in blocks if block.kind == kind]
+        if own:
+            found.append(_sizes(model, kind, own, settings))
+    return tuple(found)
+
+
+def _sizes(model: nn.Module, kind: Kind, blocks: Sequence[Block], settings: PruneSettings) -> Sizes:
+    step = 1 if kind == "heads" else settings.width_multiple
+    floor = settings.min_groups if kind == "heads" else -(-settings.min_channels // step) * step
+    for block in blocks:
+        if kind == "channels" and floor > block.components // step * step:
+            raise UserError(
+                f"prune: layer {block.layer} has {block.components} channels, and must keep {floor} (min_channels "
+                f"{settings.min_channels}, width_multiple {step}); ask for less"
+            )
+    return Sizes(
+        kind,
+        tuple(block.name for block in blocks),
+        tuple(block.components for block in blocks),
+        tuple(component_cost(model, block) for block in blocks),
+        step,
+        tuple(min(floor, block.components) for block in blocks),
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the pruned model is to be: parameters of components that may stay, in all and by kind."""
+
+    sizes: tuple[Sizes, ...]
+    original: int
+    """Parameters of the components of the original."""
+    budget: int
+    """Of the components that stay, at most."""
+    by_kind: tuple[int, ...]
+    """The budget divided: heads and channels lose the same share as nearly as whole steps allow."""
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.budget / self.original
+
+    def budget_at(self, kind: int, iteration: int, iterations: int) -> int:
+        """Parameters of components of that kind at the end of an iteration: from all to the target in even steps."""
+        whole = self.sizes[kind].parameters(self.sizes[kind].counts)
+        return whole - (whole - self.by_kind[kind]) * iteration // iterations
+
+
+def find_target(model: nn.Module, settings: PruneSettings, *, uniform: bool) -> Target:
+    """What `settings` ask for. Raises UserError for a target above the original and for one that the floors forbid."""
+    sizes = sizes_of(model, settings)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    original = sum(one.parameters(one.counts) for one in sizes)
+    if settings.target_parameters is None:
+        assert settings.sparsity is not None
+        budget = math.floor(original * (1 - Fraction(str(settings.sparsity))))  # in decimals, as it was written
+    else:
+        budget = settings.target_parameters - (total - original)
+        if settings.target_parameters > total:
+            raise UserError(
+                f"prune: target_parameters {settings.target_parameters:,} is above the model's {total:,}; ask for less"
+            )
+    least = sum(one.parameters(one.least) for one in sizes)
+    if budget < least:
+        raise UserError(
+            f"prune: {_asked(settings)} is more than can go: at most sparsity {_floored(1 - least / original)}, which "
+            f"leaves {total - original + least:,} of {total:,} parameters; ask for less, or lower min_groups, "
+            "min_channels or width_multiple"
+        )
+    return Target(sizes, original, budget, _divided(sizes, budget, budget / original, uniform))
+
+
+def _floored(share: float) -> float:
+    """With four digits, never more than it is."""
+    return math.floor(share * 1e4) / 1e4
+
+
+def _asked(settings: PruneSettings) -> str:
+    if settings.sparsity is not None:
+        return f"sparsity {settings.sparsity}"
+    return f"target_parameters {settings.target_parameters:,}"
+
+
+def _divided(sizes: tuple[Sizes, ...], budget: int, share: float, uniform: bool) -> tuple[int, ...]:
+    """Budgets of the kinds: heads keep the share nearest to `share` with which channels can fill up the rest."""
+    if len(sizes) == 1:
+        return (budget,)
+    heads, channels = sizes
+    low, high = channels.parameters(channels.least), channels.parameters(channels.most)
+    step = channels.one_step * (len(channels.names) if uniform else 1)
+    wanted = share * heads.parameters(heads.counts)
+    best: tuple[int, float, int] | None = None
+    for spent in _reachable(heads, uniform):
+        rest = budget - spent
+        if rest < low:
+            break
+        missed = max(0, rest - high - step + 1)  # parameters below the budget that channels cannot make up
+        key = (missed, abs(spent - wanted), spent)
+        if best is None or key < best:
+            best = key
+    assert best is not None  # all at their least fits: find_target has checked
+    return best[2], budget - best[2]
+
+
+def _reachable(sizes: Sizes, uniform: bool) -> list[int]:
+    """Parameters that a kind may hold, ascending: from all blocks at their least to all whole."""
+    if uniform and sizes.alike:
+        each = range(sizes.least[0], sizes.most[0] + 1, sizes.step)
+        return [sizes.parameters([count] * len(sizes.names)) for count in each]
+    counts, found = list(sizes.least), [sizes.parameters(sizes.least)]
+    for i, most in enumerate(sizes.most):
+        while counts[i] < most:
+            counts[i] += sizes.step
+            found.append(found[-1] + sizes.step * sizes.costs[i])
+    return found
+
+
+def apportioned(sizes: Sizes, now: Sequence[int], sparsity: Sequence[float] | None, budget: int) -> tuple[int, ...]:
+    """Components that each block keeps: their parameters are at most `budget`, and less than a step below it where the
+    bounds allow.
+
+    Every block's share is 1 - sparsity, all shifted alike until they sum to the budget, between its floor and what it
+    has `now`; then whole steps, the largest remainders rounded up.
+
+    sparsity: of every block; None: every block keeps the same share, and the same number where they are alike.
+    """
+    most = [count // sizes.step * sizes.step for count in now]
+    least = [min(a, b) for a, b in zip(sizes.least, most, strict=True)]
+    if sparsity is None and sizes.alike:
+        each = budget // (sizes.costs[0] * len(sizes.names)) // sizes.step * sizes.step
+        return (min(max(each, max(least)), min(most)),) * len(sizes.names)
+    shares = [1.0] * len(sizes.names) if sparsity is None else [1 - s for s in sparsity]
+
+    def shifted(by: float) -> list[float]:
+        wanted = (count * (share + by) for count, share in zip(sizes.counts, shares, strict=True))
+        return [min(max(w, a), b) for w, a, b in zip(wanted, least, most, strict=True)]
+
+    low, high = -2.0, 2.0
+    for _ in range(60):  # bisection: the sum grows with the shift
+        middle = (low + high) / 2
+        spent = sum(w * cost for w, cost in zip(shifted(middle), sizes.costs, strict=True))
+        low, high = (middle, high) if spent <= budget else (low, middle)
+    wanted = shifted(low)
+    counts = [int(w + 1e-9) // sizes.step * sizes.step for w in wanted]
+    left = budget - sizes.parameters(counts)
+    order = sorted(range(len(counts)), key=lambda i: counts[i] - wanted[i])  # the largest remainder first
+    changed = True
+    while changed:
+        changed = False
+        for i in order:
+            if counts[i] + sizes.step <= most[i] and sizes.step * sizes.costs[i] <= left:
+                counts[i] += sizes.step
+                left -= sizes.step * sizes.costs[i]
+                changed = True
+    return tuple(counts)
+
+
+def published(sizes: Sizes, now: Sequence[int], sparsity: Sequence[float]) -> tuple[int, ...]:
+    """Components that each block keeps by the authors' code: int(n (1 - s)), floored, whatever their sum."""
+    wanted = [int(count * (1 - s)) // sizes.step * sizes.step for count, s in zip(sizes.counts, sparsity, strict=True)]
+    return tuple(min(max(w, a), b) for w, a, b in zip(wanted, sizes.least, now, strict=True))
+
+
+def counts_of(model: nn.Module, sizes: Sizes) -> tuple[int, ...]:
+    """Components that `model`, pruned or not, has in every block of `sizes`."""
+    there: Mapping[str, int] = {block.name: block.components for block in prunable_blocks(model)}
+    return tuple(there.get(name, 0) for name in sizes.names)

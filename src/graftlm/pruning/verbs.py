@@ -1,0 +1,28 @@
+"""What pruning's verbs of the command line do; imports sit inside the functions, as in graftlm.verbs."""
+
+import argparse
+from dataclasses import fields
+
+from graftlm.errors import UserError
+
+
+def prune(args: argparse.Namespace) -> None:
+    import yaml
+
+    from graftlm.configuring import config_from_layers
+    from graftlm.pruning.settings import PruneSettings
+    from graftlm.yaml_nodes import COMMAND_LINE, empty_mapping, parse_yaml
+
+    if odd := [word for word in args.settings if not word.partition("=")[1]]:
+        raise UserError(f"prune: {odd[0]!r}: one MODEL, please; further settings are written KEY=VALUE")
+    given = {field.name: getattr(args, field.name, None) for field in fields(PruneSettings)}
+    written = yaml.safe_dump({name: value for name, value in given.items() if value is not None})
+    words = "\n".join(word.replace("=", ": ", 1) for word in args.settings)
+    layers = [node for node in (parse_yaml(written, COMMAND_LINE), parse_yaml(words, COMMAND_LINE)) if node is not None]
+    # Before torch is imported, so that what is wrong is said at once.
+    settings: PruneSettings = config_from_layers(empty_mapping(COMMAND_LINE), *layers, kind=PruneSettings)
+    from graftlm.pruning.run import run_prune
+    from graftlm.training.config import SourceConfig
+
+    data = [SourceConfig(path) for path in args.data] or None
+    run_prune(args.model, settings, data, args.out, dtype=args.dtype, trust_remote_code=args.trust_remote_code)

@@ -1,0 +1,131 @@
+"""Pictures of a pruned model: what each layer has left, and how that came about (Adapt-Pruner, fig. 1)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from graftlm.reporting import figures
+from graftlm.reporting.style import BEFORE, RUN, STRONG, colours, figure, legend, save, style, whole_numbers
+
+Shape = Mapping[str, int]
+"""A layer's widths: num_attention_heads, num_key_value_heads, intermediate_size."""
+PARTS = {"attention": "num_key_value_heads", "FFN": "intermediate_size"}
+UNITS = {"attention": "key-value groups", "FFN": "channels"}
+
+
+def widths(shapes: Sequence[Shape], part: str) -> np.ndarray:
+    """Key-value groups or channels of every layer: float64 [layers]."""
+    return np.array([shape[PARTS[part]] for shape in shapes], dtype=np.float64)
+
+
+def plot_layers(
+    shapes: Sequence[Shape], original: Sequence[Shape], path: Path, costs: Mapping[str, int] | None = None
+) -> Path:
+    """What every layer has left of its attention and of its FFN, in front of what the original has.
+
+    costs: parameters of a key-value group (attention) and of a channel (FFN); None: bars count components.
+    """
+    gone = len(original) - len(shapes)
+    made = figure(
+        "Parameters of every layer, against the original's" if costs else "What every layer has left",
+        width=10.0,
+        height=4.4,
+        note="Grey: the original." + (f" {gone} whole layers went; the others are numbered anew." if gone else ""),
+    )
+    for axes, part, colour in zip(made.subplots(1, 2), PARTS, (RUN, STRONG), strict=True):
+        cost = costs[part] if costs else 1
+        now, before = widths(shapes, part) * cost, widths(original, part) * cost
+        axes.bar(range(len(before)), before, color=BEFORE, alpha=0.25, width=0.86)
+        axes.bar(range(len(now)), now, color=colour, width=0.86)
+        left = now.sum() / before.sum() if before.sum() else 0.0
+        style(axes, xlabel="layer", ylabel="parameters" if costs else UNITS[part], title=f"{part}: {left:.1%} left")
+        if costs:
+            axes.yaxis.set_major_formatter(lambda value, _: figures.count(value))
+        whole_numbers(axes.xaxis)
+    return save(made, path)
+
+
+def plot_shares(models: Mapping[str, Sequence[Shape]], original: Sequence[Shape], title: str, path: Path) -> Path:
+    """Share of its components that each layer of each model has left; models with other numbers of layers are left
+    out."""
+    made = figure(title, width=10.0, height=4.4, note="Of the first trial.")
+    palette = colours(models)
+    grid = made.subplots(1, 2, sharey=True)
+    for axes, part in zip(grid, PARTS, strict=True):
+        for label, shapes in models.items():
+            if len(shapes) == len(original):
+                left = widths(shapes, part) / np.maximum(1, widths(original, part))
+                axes.plot(left, color=palette[label], marker="o", markersize=3, linewidth=1.5, label=label)
+        axes.set_ylim(-0.03, 1.05)
+        style(axes, xlabel="layer", ylabel="" if part == "FFN" else "share left", title=part)
+        whole_numbers(axes.xaxis)
+    legend(made, grid[0])
+    return save(made, path)
+
+
+def plot_iterations(
+    steps: Sequence[Mapping[str, Any]], original: Sequence[Shape], original_parameters: int, path: Path
+) -> Path | None:
+    """Layer importance and what each layer has left, by iteration, and the size of the model. None for fewer than two
+    iterations, or if layers went."""
+    if len(steps) < 2 or any(len(step["shapes"]) != len(original) for step in steps):
+        return None
+    iterations = [step["iteration"] for step in steps]
+    pictures: dict[str, tuple[np.ndarray, str]] = {}  # [layers, iterations], colour map
+    known = [step["layer_importance"] for step in steps]
+    if all(one is not None and len(one) == len(original) for one in known):
+        pictures["importance of layers"] = np.array(known).T, "RdBu_r"
+    for part in PARTS:
+        before = np.maximum(1, widths(original, part))
+        pictures[f"share left: {part}"] = np.array([widths(s["shapes"], part) / before for s in steps]).T, "viridis"
+    made = figure("Iteration by iteration", width=3.6 * (len(pictures) + 1), height=4.4)
+    grid = made.subplots(1, len(pictures) + 1)
+    for axes, (title, (values, colour)) in zip(grid, pictures.items(), strict=False):
+        _picture(axes, values, iterations, title, colour)
+    sizes = [original_parameters, *(step["parameters"] for step in steps)]
+    grid[-1].plot([iterations[0] - 1, *iterations], sizes, color=RUN, linewidth=1.8)
+    grid[-1].yaxis.set_major_formatter(lambda value, _: figures.count(value))
+    style(grid[-1], xlabel="iteration", title="parameters of the model")
+    return save(made, path)
+
+
+def _picture(axes: Axes, values: np.ndarray, iterations: Sequence[int], title: str, colour: str) -> None:
+    low, high = (-1.0, 1.0) if colour == "RdBu_r" else (0.0, 1.0)
+    extent = (iterations[0] - 0.5, iterations[-1] + 0.5, -0.5, len(values) - 0.5)
+    shown = axes.imshow(
+        values, aspect="auto", origin="lower", cmap=colour, vmin=low, vmax=high, extent=extent, interpolation="nearest"
+    )
+    style(axes, xlabel="iteration", ylabel="layer", title=title)
+    axes.grid(False)
+    whole_numbers(axes.yaxis)
+    bar = axes.figure.colorbar(shown, ax=axes, shrink=0.85)
+    bar.ax.tick_params(labelsize=8)
+
+
+def plot_sensitivity(found: Mapping[str, Any], path: Path) -> Path:
+    """Perplexity without a share of one layer's components at a time, over the layer (Adapt-Pruner, fig. 1, above);
+    `found`: as pruning.sensitivity.layer_sensitivity gives it."""
+    worst = max(found["layers"], key=lambda one: one["loss"])
+    made = figure(
+        f"Perplexity without {found['share']:.0%} of one layer: layer {worst['layer']} is missed most",
+        note="Without the key-value groups and channels of the least first-order importance, one layer at a time.",
+    )
+    axes = made.subplots()
+    # exp overflows a double above 709.
+    values = [np.exp(min(one["loss"], 700.0)) for one in found["layers"]]
+    axes.plot(range(len(values)), values, color=RUN, marker="o", markersize=4, linewidth=1.8, label="one layer")
+    lines = [
+        ("nothing gone", found["none"]),
+        *((f"{one['share']:.0%} of every layer", one) for one in found["uniform"]),
+    ]
+    for (label, one), dashes in zip(lines, ("-", "--", ":"), strict=False):
+        value = np.exp(min(one["loss"], 700.0))
+        axes.axhline(value, color=BEFORE, linestyle=dashes, linewidth=1.2, label=f"{label}: {value:.4g}")
+    axes.set_yscale("log")
+    style(axes, xlabel="layer", ylabel="token perplexity (log)")
+    whole_numbers(axes.xaxis)
+    legend(made, axes)
+    return save(made, path)

@@ -1,0 +1,170 @@
+"""`graftlm prune`: calibration from text, the folder that comes out, and what is said of bad input."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from graftlm import cli
+from graftlm.errors import UserError
+from graftlm.models import load_model, load_tokenizer
+from graftlm.pruning import run
+from graftlm.pruning.calibration import calibration_from
+from graftlm.pruning.prune import count_parameters
+from graftlm.pruning.settings import PruneSettings
+from graftlm.training.config import SourceConfig
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "text.jsonl"
+    generator = random.Random(0)
+    rows = ["".join(generator.choices("abcdefgh ", k=40 + 37 * i)) for i in range(30)]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+def calibration(text, **given):
+    settings = PruneSettings(sparsity=0.2, **given)
+    return calibration_from(load_tokenizer("tiny-llama"), settings, [SourceConfig(str(text))], progress=False)
+
+
+def rows_of(batches) -> set[tuple[int, ...]]:
+    return {tuple(row.tolist()) for batch in batches for row in batch["input_ids"]}
+
+
+def test_calibration_is_drawn_anew_each_iteration_by_seed(text):
+    drawn = calibration(text, samples=12)
+    first = rows_of(drawn(0))
+    assert len(first) == 12 and {len(row) for row in first} == {64}
+    assert first == rows_of(drawn(0)) == rows_of(calibration(text, samples=12)(0))
+    assert first != rows_of(drawn(1)) and first != rows_of(calibration(text, samples=12, seed=1)(0))
+    assert sum(len(batch["input_ids"]) for batch in drawn(0)) == 12
+    assert all(batch["input_ids"].numel() <= 640 for batch in drawn(0))
+    held = rows_of(drawn.held_out())
+    assert held and not held & set().union(*(rows_of(drawn(i)) for i in range(200)))
+    assert drawn.size == "12 sequences of 64 tokens" and not drawn.notes
+
+
+def test_conversations_calibrate_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "chats.jsonl"
+    row = {"messages": [{"role": "user", "content": "why? " * 40}, {"role": "assistant", "content": "so."}]}
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(20)))
+    assert len(calibration(path).numbers) >= 10
+
+
+def test_text_that_is_too_short_says_what_to_do(text):
+    there = len(calibration(text, samples=1).numbers) + len(calibration(text, samples=1).held_back)
+    with pytest.raises(UserError, match=f"text.jsonl: {there} sequences of 64 tokens.*needs 9999; give more") as caught:
+        calibration(text, samples=9999)
+    assert "\n" not in str(caught.value)
+    assert not len(calibration(text, samples=there).held_back)  # all are needed, so none is held back
+
+
+def test_without_data_it_is_the_demos_text_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path / "cache"))
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "a.py").write_text("print('abcdefgh')\n" * 200)
+    monkeypatch.setattr("graftlm.demo.sysconfig.get_path", lambda _: str(library))
+    found = calibration_from(load_tokenizer("tiny-llama"), PruneSettings(sparsity=0.2), progress=False)
+    assert "demo's text" in found.notes[0]
+
+
+def prune(*words: str) -> int:
+    return cli.main(["prune", "tiny-llama", *words])
+
+
+def test_the_verb_writes_a_model_that_opens(text, tmp_path, capsys):
+    out = tmp_path / "small"
+    given = ("--data", str(text), "--out", str(out), "--iterations", "2", "--amplitude", "0.1")
+    assert prune("--sparsity", "0.3", *given) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "10 sequences of 64 tokens each" in said and "2 iterations" in said
+    assert f"--uniform --method adapt --data {text} --out {out}-uniform" in said
+    model, original = load_model(str(out)), load_model("tiny-llama")
+    summary = json.loads((out / "pruning.json").read_text())
+    target = count_parameters(original) - 0.3 * sum(
+        p.numel() for name, p in original.named_parameters() if "proj" in name
+    )
+    assert target - 3 * 64 < count_parameters(model) == summary["parameters"] <= target
+    assert summary["settings"]["amplitude"] == 0.1 and summary["calibration"] == "10 sequences of 64 tokens"
+    assert summary["held_out_loss"] > 0 and len(summary["layer_parameters"]) == 4
+    assert load_tokenizer(str(out)).eos_token_id == load_tokenizer("tiny-llama").eos_token_id
+    # An earlier pruned model is replaced; this time a stock one of the same size comes out, and needs no control.
+    assert prune("--target-parameters", str(count_parameters(model)), *given, "--uniform") == 0
+    assert type(load_model(str(out))).__name__ == "LlamaForCausalLM"
+    assert count_parameters(load_model(str(out))) <= count_parameters(model)
+    assert "uniform control" not in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_bits(text, tmp_path):
+    data, settings = [SourceConfig(str(text))], PruneSettings(sparsity=0.3, iterations=2)
+    states = [
+        run.run_prune("tiny-llama", settings, data, tmp_path / name, progress=False).model.state_dict()
+        for name in ("one", "two")
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_a_folder_that_is_no_pruned_model_stays(text, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    assert prune("--sparsity", "0.3", "--data", str(text), "--out", str(mine)) == 2
+    assert "no pruned model" in capsys.readouterr().err
+    assert prune("--sparsity", "0.3", "--data", str(text), "--out", str(mine / "thesis.txt")) == 2
+    assert (mine / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    left = tmp_path / ".small.unfinished-abc"
+    left.mkdir()
+    (left / "model.safetensors").write_text("torn")
+    other = tmp_path / ".small2.unfinished-abc"
+    other.mkdir()
+    run.check_out(tmp_path / "small")
+    assert not left.exists() and other.exists()
+
+
+def test_an_interrupted_run_leaves_nothing(text, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run._Bar, "step", interrupted)
+    assert prune("--sparsity", "0.3", "--data", str(text), "--out", str(tmp_path / "small")) == 130
+    assert not (tmp_path / "small").exists() and not list(tmp_path.glob(".small*"))
+    assert "run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--sparsity", "0.95"), "at most sparsity"),
+        (("--target-parameters", "1B"), "above the model's 214,080"),
+        (("--sparsity", "0.2", "--samples", "100000"), "sequences of 64 tokens"),
+        (("--sparsity", "0.2", "--width-multiple", "256"), "192 channels"),
+        (("--sparsity", "0.2", "--samples", "1", "--sample-length", "4096"), "sequences of 4096 tokens"),
+        (("--sparsity", "2"), "between 0 and 1"),
+        ((), "one of the two"),
+        (("--sparsity", "0.2", "sampels=3"), "sampels"),
+        (("--sparsity", "0.2", "other-model"), "one MODEL"),
+    ],
+)
+def test_bad_input_is_one_line(text, tmp_path, capsys, words, says):
+    assert prune(*words, "--data", str(text), "--out", str(tmp_path / "small")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("graftlm: ") and says in error
+    assert not (tmp_path / "small").exists()
+
+
+def test_settings_may_be_words(text, tmp_path):
+    out = tmp_path / "small"
+    given = ("--sparsity", "0.3", "--data", str(text), "--out", str(out))
+    assert prune(*given, "method=magnitude", "seed=3") == 0
+    settings = json.loads((out / "pruning.json").read_text())["settings"]
+    assert settings["method"] == "magnitude" and settings["seed"] == 3

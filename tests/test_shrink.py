@@ -1,0 +1,299 @@
+"""Pruning and training in turn: sizes, steps, one schedule and one order of data over all phases."""
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny_runs import model_with_dropout
+from tiny_shrinks import ORIGINAL, assert_same_tensors, quiet_shrink, read_lines, tiny_shrink
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from graftlm import cli
+from graftlm.checkpointing import load_tensors_and_metadata
+from graftlm.errors import UserError
+from graftlm.models import load_model, load_tokenizer
+from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.shrink.config import load_shrink
+from graftlm.pruning.shrink.dry_run import dry_run
+from graftlm.pruning.shrink.phases import default_interleaves, ends_of, phases_of, sizes_of
+from graftlm.pruning.targets import find_target
+from graftlm.training.config import DistillationConfig
+from graftlm.training.run import train_one
+
+ROOT = Path(__file__).parents[1]
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 30), st.integers(0, 1000), st.sampled_from(["growing", "equal"]))
+@settings(max_examples=50, deadline=None)
+def test_steps_follow_equation_11(count, more, shares):
+    steps = count * (count + 1) + more
+    ends = ends_of(steps, count, shares)
+    assert ends[-1] == steps
+    for i, (first, end) in enumerate(itertools.pairwise([0, *ends])):
+        share = 2 * (i + 1) / (count * (count + 1)) if shares == "growing" else 1 / count
+        assert end - first == pytest.approx(steps * share, abs=1)
+        assert end > first
+
+
+@given(st.integers(2, 10**10), st.floats(0.05, 1), st.integers(1, 30))
+@settings(max_examples=50, deadline=None)
+def test_sizes_end_exactly_at_the_target(original, share, count):
+    target = max(1, int(original * share))
+    for schedule in ("geometric", "linear"):
+        sizes = sizes_of(original, target, count, schedule)
+        assert len(sizes) == count
+        assert sizes[-1] == target
+        assert sizes == sorted(sizes, reverse=True)
+        for i, (before, after) in enumerate(itertools.pairwise([original, *sizes])):
+            if schedule == "linear":
+                assert before - after == pytest.approx((original - target) / count, abs=1)
+            else:
+                assert after == pytest.approx(original * (target / original) ** ((i + 1) / count), abs=1)
+
+
+def test_five_percent_a_phase():
+    assert default_interleaves(350, 125) == 20  # the paper's
+    assert default_interleaves(100, 100) == 1
+
+
+def test_too_few_steps_say_how_many():
+    with pytest.raises(UserError, match="max_steps: 20 steps are too few for 20 phases with growing shares") as error:
+        phases_of(100, 50, 20, interleaves=20, schedule="geometric", shares="growing")
+    needed = int(str(error.value).partition("give at least ")[2].partition(",")[0])
+    assert all(p.steps >= 1 for p in phases_of(100, 50, needed, interleaves=20, schedule="linear", shares="growing"))
+    with pytest.raises(UserError):
+        phases_of(100, 50, needed - 1, interleaves=20, schedule="geometric", shares="growing")
+
+
+# --- whole shrinks ---------------------------------------------------------------------------------------------------
+
+
+def test_without_pruning_phases_are_one_plain_run(tmp_path):
+    """Data order, schedule, moments, random numbers: T phases that keep everything train as one run does."""
+    model = model_with_dropout(tmp_path / "dropout")
+    task = tiny_shrink(tmp_path, model=model, target_parameters=ORIGINAL, keep_moments=True, keep="all", shares="equal")
+    summary = quiet_shrink(task)
+    plain = dataclasses.replace(task.run, output_dir=str(tmp_path / "plain"))
+    train_one(plain, lean=True)
+    assert_same_tensors(tmp_path / "run/model/model.safetensors", tmp_path / "plain/model/model.safetensors")
+    ours = [line for line in read_lines(tmp_path / "run/metrics.jsonl") if line["event"] == "train"]
+    theirs = [line for line in read_lines(tmp_path / "plain/metrics.jsonl") if line["event"] == "train"]
+    assert [line.pop("phase") for line in ours] == [1] * 4 + [2] * 4 + [3] * 4
+    assert ours == theirs
+    name = "checkpoints/step-12/optimizer.safetensors"
+    assert_same_tensors(tmp_path / "run/phase_03/train" / name, tmp_path / "plain" / name)
+    other = summary["eval_loss_start"] - summary["eval_loss_end"]
+    assert other > 0.1  # it did train
+
+
+@pytest.mark.parametrize("recovery", ["plain", pytest.param("apex", marks=pytest.mark.slow)])
+def test_phases_prune_train_and_go_on(recovery, tmp_path):
+    """Exact sizes, one warmup-stable-decay schedule, consecutive steps, a model that opens everywhere."""
+    task = tiny_shrink(tmp_path, recovery=recovery)
+    summary = quiet_shrink(task)
+    plan = json.loads((tmp_path / "run/phases.json").read_text())
+    sizes = sizes_of(ORIGINAL, 160_000, 3, "geometric")
+    assert [phase["parameters"] for phase in plan["phases"]] == sizes
+    one_component = 64 * 32 * 2 + 64 * 16 * 2  # more than any of tiny-llama's has
+    for phase, size in zip(summary["phases"], sizes, strict=True):
+        assert size - one_component < phase["parameters"] <= size
+    assert summary["parameters"] == summary["phases"][-1]["parameters"]
+    assert [phase["steps"] for phase in summary["phases"]] == [2, 4, 6]
+    lines = read_lines(tmp_path / "run/metrics.jsonl")
+    trained = [line for line in lines if line["event"] == "train"]
+    assert [line["step"] for line in trained] == list(range(1, 13))
+    assert summary["tokens"] == trained[-1]["tokens"] == sum(phase["tokens"] for phase in summary["phases"])
+    rates = [line["learning_rate"] for line in trained]
+    # 5% of 12 steps are one of warmup, from a tenth; 10% are two of linear decay, to a tenth
+    assert rates == pytest.approx([1e-4, *[1e-3] * 9, 1e-3, 5.5e-4])
+    pruned = [line for line in lines if line["event"] == "prune"]
+    assert [(line["phase"], line["step"]) for line in pruned] == [(1, 0), (2, 2), (3, 6)]
+    assert all(math.isfinite(line["loss_after"]) for line in pruned)
+    assert summary["eval_loss_end"] < summary["eval_loss_start"]
+    folder = tmp_path / "run/model"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == load_tokenizer("tiny-llama").get_vocab()
+    card = (folder / "README.md").read_text()
+    assert "in 3 phases of pruning (Adapt-Pruner)" in card
+    assert all(f"| {phase['phase']} | {phase['parameters']:,} |" in card for phase in summary["phases"])
+    assert not list((tmp_path / "run").rglob("phase_*/**/*.safetensors"))  # keep: last
+
+
+def test_moments_survive_pruning(tmp_path):
+    """The moments that a phase begins with are those that the phase before ended with, of what is left."""
+    quiet_shrink(tiny_shrink(tmp_path, keep_moments=True, keep="all", interleaves=2))
+    ended = tmp_path / "run/phase_01/train"
+    begins = tmp_path / "run/phase_02/pruned"
+    old, metadata = load_tensors_and_metadata(ended / "checkpoints/step-4/optimizer.safetensors")
+    names = metadata["extra"]["run"]["parameters"]
+    new = load_tensors_and_metadata(begins / "start/phase.safetensors")[0]
+    before, after = load_file(ended / "model/model.safetensors"), load_file(begins / "model.safetensors")
+    cut = 0
+    for number, name in enumerate(names):
+        a, b = before[name], after[name]
+        moment, kept = old[f"{number}.exp_avg"], new[f"exp_avg/{name}"]
+        assert kept.shape == b.shape
+        if a.shape == b.shape:
+            assert torch.equal(kept, moment)
+            continue
+        cut += 1
+        dim = next(i for i in range(a.dim()) if a.shape[i] != b.shape[i])
+        rows = a.unbind(dim)
+        for i, row in enumerate(b.unbind(dim)):  # what stays has its own moments, found by its weights
+            [place] = [j for j, one in enumerate(rows) if torch.equal(one, row)]
+            assert torch.equal(kept.select(dim, i), moment.select(dim, place))
+    assert cut > 10
+
+
+@pytest.mark.slow
+def test_without_kept_moments_the_optimizer_is_new(tmp_path):
+    quiet_shrink(tiny_shrink(tmp_path, keep="all", interleaves=2))
+    tensors, metadata = load_tensors_and_metadata(tmp_path / "run/phase_02/pruned/start/phase.safetensors")
+    assert not tensors
+    assert metadata["extra"]["scheduler"]["last_epoch"] == 4
+    ended = load_tensors_and_metadata(tmp_path / "run/phase_02/train/checkpoints/step-12/optimizer.safetensors")[0]
+    assert float(ended["0.step"]) == 8
+
+
+def test_apex_begins_anew_in_every_phase(tmp_path):
+    """Its stages are laid out over the phase, and N is chosen among what is left."""
+    quiet_shrink(
+        tiny_shrink(tmp_path, recovery="apex", shares="equal", train={"apex": {"stages": 2, "assess_samples": 4}})
+    )
+    for number in (1, 2, 3):
+        train = tmp_path / f"run/phase_{number:02d}/train"
+        told = json.loads((train / "summary.json").read_text())
+        assert [(stage["step"], stage["steps"]) for stage in told["stages"]] == [
+            (4 * number - 4, 2),
+            (4 * number - 2, 2),
+        ]
+        shapes = json.loads((train.parent / "pruned/phase.json").read_text())["shapes"]
+        for stage in told["stages"]:
+            for layer, choice in stage["channels"].items():
+                both = [*choice["advantageous"], *choice["disadvantageous"]]
+                assert max(both) < shapes[int(layer)]["intermediate_size"]
+        stages = [line["stage"] for line in read_lines(train / "metrics.jsonl") if line["event"] == "train"]
+        assert stages == [0, 0, 1, 1]
+
+
+def test_one_interleave_prunes_first_and_then_trains(tmp_path):
+    summary = quiet_shrink(tiny_shrink(tmp_path, interleaves=1, target_parameters=None, sparsity=0.3, max_steps=4))
+    [phase] = summary["phases"]
+    assert (phase["first_step"], phase["steps"]) == (0, 4)
+    assert phase["parameters"] == summary["parameters"] <= summary["target_parameters"]
+    alone = load_model("tiny-llama")
+    found = find_target(alone, PruneSettings(sparsity=0.3), uniform=False)
+    assert summary["target_parameters"] == ORIGINAL - found.original + found.budget
+
+
+def test_distillation_from_the_original(tmp_path):
+    task = tiny_shrink(
+        tmp_path, max_steps=3, interleaves=2, distillation=DistillationConfig(teacher="original", weight=0.5)
+    )
+    assert task.run.distillation.teacher == "tiny-llama"
+    summary = quiet_shrink(task)
+    assert summary["distillation"]["teacher"] == "original"
+    assert "learned from the predictions of `tiny-llama`" in (tmp_path / "run/model/README.md").read_text()
+
+
+# --- before anything is pruned ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_parameters": 10**9}, "is above the model's 214,080"),
+        ({"target_parameters": 10}, "is more than can go"),
+        ({"prune": {"method": "slicegpt", "iterations": None}}, "slicegpt prunes a model only once"),
+        ({"max_steps": 3}, "max_steps: 3 steps are too few for 3 phases"),
+    ],
+)
+def test_what_cannot_be_is_said_first(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        quiet_shrink(tiny_shrink(tmp_path, **changes))
+    assert not (tmp_path / "run/phases.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sparsity: 0.5\nmax_steps: 10\ntokens: 9", "max_steps: give it or tokens"),
+        ("sparsity: 0.5", "max_steps: give it or tokens"),
+        ("max_steps: 9", "target_parameters: give it or sparsity"),
+        ("sparsity: 1.5\nmax_steps: 9", ":3: sparsity: 1.5 must be between 0 and 1"),
+        ("sparsity: 0.5\nmax_steps: 9\ninterleave: 3", ":5: unknown key 'interleave' .did you mean interleaves"),
+        ("sparsity: 0.5\nmax_steps: 9\ntrain: {model: x}", ":5: train.model: it is given at the top"),
+        ("sparsity: 0.5\nmax_steps: 9\ntrain:\n  learning_rat: 1", ":6: unknown key 'learning_rat'"),
+        ("sparsity: 0.5\nmax_steps: 9\nprune:\n  sparsity: 0.2", ":6: prune.sparsity: the phases have sizes"),
+        ("sparsity: 0.5\nmax_steps: 9\nprune:\n  methd: adapt", ":6: unknown key 'methd'"),
+        (
+            "sparsity: 0.5\nmax_steps: 9\nrecovery: apex\ntrain:\n  apex: {rewarmup_ratio: 0.1}",
+            "train.apex.rewarmup_ratio: the phases share one schedule",
+        ),
+        ("sparsity: 0.5\nmax_steps: 9\ndistillation: {weight: 2}", "distillation.weight: 2.0 must be above 0"),
+    ],
+)
+def test_errors_name_file_line_and_key(text, message, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"model: tiny-llama\ndata: x.txt\n{text}\n")
+    with pytest.raises(UserError, match=message) as error:
+        load_shrink(file)
+    assert str(error.value).startswith(str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_config_reads_back_equal(tmp_path):
+    task = tiny_shrink(tmp_path, recovery="apex", distillation=DistillationConfig(teacher="original"))
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(task.to_dict()))
+    again = load_shrink(file)
+    assert again.run == task.run
+    assert again.prune == task.prune
+    assert again.to_dict() == task.to_dict()
+
+
+def test_tokens_become_steps(tmp_path):
+    task = tiny_shrink(tmp_path, max_steps=None, tokens=2560)
+    assert task.run.max_steps == 10  # of 4 sequences of 64
+
+
+def test_dry_run_tells_sizes_steps_time_and_memory(tmp_path, capsys):
+    task = tiny_shrink(tmp_path)
+    told = dry_run(task)
+    assert [(phase["first"], phase["end"]) for phase in told["phases"]] == [(0, 2), (2, 6), (6, 12)]
+    assert told["phases"][-1]["parameters"] == 160_000
+    assert told["tokens"] == 12 * 4 * 64
+    assert told["seconds"] > 0
+    assert told["peak_memory_bytes"] > 4 * 4 * ORIGINAL  # weights, gradients, two moments
+    shown = capsys.readouterr().out
+    assert "7 to 12" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_phase_without_its_checkpoint_is_refused(tmp_path):
+    task = tiny_shrink(tmp_path)
+    with pytest.raises(UserError, match="a phase that begins at step 4 goes on from a checkpoint"):
+        train_one(dataclasses.replace(task.run, phase=(4, 8)))
+
+
+@pytest.mark.slow
+def test_example_shrinks(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = [f"output_dir={tmp_path}/run", f"train.cache_dir={tmp_path}/cache", "data.path=src/graftlm/training/data"]
+    assert cli.main(["shrink", "examples/shrink_tiny.yaml", *words, "max_steps=10", "train.max_length=64"]) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["parameters"] <= 150_000
+    assert len(summary["phases"]) == 4
+    assert cli.main(["shrink", "examples/shrink_tiny.yaml", *words, "max_steps=10", "train.max_length=64"]) == 0
+    assert "is finished; nothing to do" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""Killed with -9 at any moment and started again, a shrink ends with the same bits as one that was left alone."""
+
+import dataclasses
+import multiprocessing
+import signal
+from pathlib import Path
+
+import pytest
+import tiny_shrinks
+from tiny_runs import model_with_dropout
+from tiny_shrinks import assert_same_shrink, quiet_shrink, tiny_shrink
+
+from graftlm.errors import UserError
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["graftlm.pruning.shrink.run", "transformers.models.llama.modeling_llama"])
+
+KINDS = {
+    "moments": {"keep_moments": True, "train": {"save_steps": 1}},
+    "apex": {"recovery": "apex", "shares": "equal", "train": {"save_steps": 3}},
+    "everything": {"keep": "all", "schedule": "linear", "prune": {"method": "llm-pruner"}},
+}
+
+
+def make_shrink(folder: Path, kind: str, model: str):
+    return tiny_shrink(folder, model=model, **KINDS[kind])
+
+
+def start(task, **kwargs) -> int:
+    """Exit code of a shrink in a process of its own."""
+    process = PROCESSES.Process(target=tiny_shrinks.shrink_quietly, args=(task,), kwargs=kwargs)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_with_dropout(tmp_path_factory.mktemp("model") / "dropout")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model):
+    """whole(kind) is the folder of a shrink that was left alone, and how many moments it had."""
+    done = {}
+
+    def get(kind: str) -> tuple[Path, int]:
+        if kind not in done:
+            folder = tmp_path_factory.mktemp(kind)
+            assert start(make_shrink(folder, kind, model), count_to=folder / "moments") == 0
+            done[kind] = folder / "run", int((folder / "moments").read_text())
+        return done[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", ["moments", "apex"])
+def test_killed_twice(kind, whole, model, tmp_path):
+    reference, moments = whole(kind)
+    task = make_shrink(tmp_path, kind, model)
+    for share in (0.4, 0.35):
+        assert start(task, kill_at=round(share * moments)) == -signal.SIGKILL
+    assert start(task) == 0
+    assert_same_shrink(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "phase_02/pruned",
+        "phase_02/train/checkpoints/step-2",  # which the phase begins with
+        pytest.param("phase_02/train/checkpoints/step-6", marks=pytest.mark.slow),
+        pytest.param("phase_02/train/model", marks=pytest.mark.slow),
+        pytest.param("run/model", marks=pytest.mark.slow),
+        pytest.param("run/summary.json", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_before_something_gets_its_name(name, whole, model, tmp_path):
+    reference, _ = whole("moments")
+    task = make_shrink(tmp_path, "moments", model)
+    assert start(task, kill_at=name) == -signal.SIGKILL
+    assert start(task) == 0
+    assert_same_shrink(tmp_path / "run", reference)
+
+
+def test_finished_shrink_is_left_alone(whole, model, tmp_path):
+    reference, _ = whole("moments")
+    task = make_shrink(reference.parent, "moments", model)
+    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
+    summary = quiet_shrink(task)
+    assert summary["parameters"] <= 160_000
+    assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
+
+
+def test_other_settings_are_refused(whole, model):
+    reference, _ = whole("moments")
+    task = tiny_shrink(reference.parent, model=model, **{**KINDS["moments"], "shares": "equal"})
+    with pytest.raises(UserError, match="shares was 'growing' and is now 'equal'"):
+        quiet_shrink(task)
+    task = make_shrink(reference.parent, "moments", model)
+    other = dataclasses.replace(task, run=dataclasses.replace(task.run, learning_rate=1.0))
+    with pytest.raises(UserError, match=r"train\.learning_rate was 0\.001 and is now 1\.0"):
+        quiet_shrink(other)
+
+
+def test_changed_data_is_refused(whole, model, tmp_path):
+    task = make_shrink(tmp_path, "moments", model)
+    assert start(task, kill_at="phase_01/train/summary.json") == -signal.SIGKILL
+    data = tmp_path / "text.jsonl"
+    data.write_text(data.read_text() + data.read_text())
+    with pytest.raises(UserError, match=r"the data .* has changed"):
+        quiet_shrink(task)
+
+
+# --- slow ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [(i + 0.5) / 16 for i in range(16)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_anywhere(kind, share, whole, model, tmp_path):
+    reference, moments = whole(kind)
+    task = make_shrink(tmp_path, kind, model)
+    assert start(task, kill_at=round(share * moments)) == -signal.SIGKILL
+    assert start(task) == 0
+    assert_same_shrink(tmp_path / "run", reference)
