@@ -96,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="graftlm",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        description="Train Hugging Face causal language models with APEX: same architecture, same size.",
+        description="Better language models from the parameters they have: train with APEX at the same size, or prune.",
         epilog="start with:\n  graftlm demo --quick           a whole run in a minute\n"
         "  graftlm train --help           your own model and text\n  docs: docs/cli.md, docs/configuration.md",
     )
