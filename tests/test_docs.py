@@ -73,7 +73,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_file_tree_of_the_readme_is_there():
     tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("src/graftlm/\n")[2].partition("```")[0]
-    named = {name for line in tree.splitlines() for name in re.findall(r"\b[a-z_]+(?:\.(?:py|yaml)|/)", line)}
+    named = {name for line in tree.splitlines() for name in re.findall(r"\b[a-z_/]+(?:\.(?:py|yaml)|/)", line)}
     assert len(named) > 20
     for name in named:
         assert (ROOT / name).exists() or (ROOT / "src/graftlm" / name).exists(), f"README.md's tree names {name}"

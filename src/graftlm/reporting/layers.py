@@ -67,13 +67,18 @@ def plot_shares(models: Mapping[str, Sequence[Shape]], original: Sequence[Shape]
 
 
 def plot_iterations(
-    steps: Sequence[Mapping[str, Any]], original: Sequence[Shape], original_parameters: int, path: Path
+    steps: Sequence[Mapping[str, Any]],
+    original: Sequence[Shape],
+    original_parameters: int,
+    path: Path,
+    *,
+    unit: str = "iteration",
 ) -> Path | None:
     """Layer importance and what each layer has left, by iteration, and the size of the model. None for fewer than two
-    iterations, or if layers went."""
+    iterations, or if layers went. unit: what `steps` are called, each numbered under that key."""
     if len(steps) < 2 or any(len(step["shapes"]) != len(original) for step in steps):
         return None
-    iterations = [step["iteration"] for step in steps]
+    iterations = [step[unit] for step in steps]
     pictures: dict[str, tuple[np.ndarray, str]] = {}  # [layers, iterations], colour map
     known = [step["layer_importance"] for step in steps]
     if all(one is not None and len(one) == len(original) for one in known):
@@ -81,25 +86,27 @@ def plot_iterations(
     for part in PARTS:
         before = np.maximum(1, widths(original, part))
         pictures[f"share left: {part}"] = np.array([widths(s["shapes"], part) / before for s in steps]).T, "viridis"
-    made = figure("Iteration by iteration", width=3.6 * (len(pictures) + 1), height=4.4)
+    made = figure(f"{unit.capitalize()} by {unit}", width=3.6 * (len(pictures) + 1), height=4.4)
     grid = made.subplots(1, len(pictures) + 1)
     for axes, (title, (values, colour)) in zip(grid, pictures.items(), strict=False):
-        _picture(axes, values, iterations, title, colour)
+        _picture(axes, values, iterations, title, colour, unit)
     sizes = [original_parameters, *(step["parameters"] for step in steps)]
     grid[-1].plot([iterations[0] - 1, *iterations], sizes, color=RUN, linewidth=1.8)
     grid[-1].yaxis.set_major_formatter(lambda value, _: figures.count(value))
-    style(grid[-1], xlabel="iteration", title="parameters of the model")
+    whole_numbers(grid[-1].xaxis)
+    style(grid[-1], xlabel=unit, title="parameters of the model")
     return save(made, path)
 
 
-def _picture(axes: Axes, values: np.ndarray, iterations: Sequence[int], title: str, colour: str) -> None:
+def _picture(axes: Axes, values: np.ndarray, iterations: Sequence[int], title: str, colour: str, unit: str) -> None:
     low, high = (-1.0, 1.0) if colour == "RdBu_r" else (0.0, 1.0)
     extent = (iterations[0] - 0.5, iterations[-1] + 0.5, -0.5, len(values) - 0.5)
     shown = axes.imshow(
         values, aspect="auto", origin="lower", cmap=colour, vmin=low, vmax=high, extent=extent, interpolation="nearest"
     )
-    style(axes, xlabel="iteration", ylabel="layer", title=title)
+    style(axes, xlabel=unit, ylabel="layer", title=title)
     axes.grid(False)
+    whole_numbers(axes.xaxis)
     whole_numbers(axes.yaxis)
     bar = axes.figure.colorbar(shown, ax=axes, shrink=0.85)
     bar.ax.tick_params(labelsize=8)

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
+
+from graftlm.reporting.figures import MISSING
 
 
 def template(name: str) -> jinja2.Template:
@@ -41,3 +44,35 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
             pair for key, item in value.items() for pair in flatten(item, f"{prefix}.{key}" if prefix else str(key))
         ]
     return [(prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value))]
+
+
+def differences(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted key, value, default) of every value that differs from its default, in the order of `values`."""
+    found: list[tuple[str, str, str]] = []
+    for key, value in values.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            found += differences(value, default, f"{prefix}{key}.")
+        elif key not in defaults:
+            found.append((prefix + key, _flow(value), MISSING))
+        elif _plain(value) != _plain(default):
+            found.append((prefix + key, _flow(value), _flow(default)))
+    return found
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """A config as its file has it."""
+    return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
+
+
+def _flow(value: Any) -> str:
+    """A value on one line, as YAML."""
+    text = yaml.safe_dump(_plain(value), default_flow_style=True, sort_keys=False, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _plain(value: Any) -> Any:
+    """YAML knows no tuples: lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,6 +1,7 @@
 """report.html of a pruned model: what it has left, layer by layer, and how that came about."""
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from graftlm.pruning.saving import SUMMARY
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks
 from graftlm.reporting import figures, nextsteps
-from graftlm.reporting.layers import plot_iterations, plot_layers
-from graftlm.reporting.page import Plot, flatten, inline, template
+from graftlm.reporting.layers import Shape, plot_iterations, plot_layers
+from graftlm.reporting.page import Plot, differences, flatten, inline, template
 
 ALT = {
     "layers": "Parameters of attention and FFN in every layer, against the original's",
     "iterations": "Importance and what is left of every layer, and the model's size, by iteration",
 }
 KINDS = {"heads": "attention", "channels": "FFN"}
+_DEFAULTS = {k: v for k, v in dataclasses.asdict(PruneSettings(sparsity=0.5)).items() if k != "sparsity"}
 
 
 def write_report(folder: str | Path) -> Path:
@@ -66,9 +68,9 @@ def _context(folder: Path, told: dict[str, Any], plots: dict[str, Plot]) -> dict
         "written": datetime.now().strftime("%Y-%m-%d %H:%M"),
         "cards": _cards(told),
         "plots": plots,
-        "layers": _layers(told),
+        "layers": shape_rows(told["shapes"], told["original_shapes"]),
         "notes": [str(note) for note in told["notes"]],
-        "differences": _differences(told["settings"]),
+        "differences": differences(told["settings"], _DEFAULTS),
         "settings": list(told["settings"].items()),
         "environment": flatten(told["environment"]),
         "load": nextsteps.load_snippet(str(folder), trust="auto_map" in read_json(folder / "config.json")),
@@ -105,22 +107,12 @@ def _cards(told: dict[str, Any]) -> list[dict[str, str]]:
     return cards
 
 
-def _differences(settings: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, value, default) of every setting that differs from what it is when not given."""
-    defaults = {**dataclasses.asdict(PruneSettings(sparsity=0.5)), "sparsity": None}
-    return [
-        (key, str(value), figures.MISSING if defaults.get(key) is None else str(defaults[key]))
-        for key, value in settings.items()
-        if value != defaults.get(key)
-    ]
-
-
-def _layers(told: dict[str, Any]) -> list[tuple[str, ...]]:
+def shape_rows(shapes: Sequence[Shape], original: Sequence[Shape]) -> list[tuple[str, ...]]:
     """Rows of the table of shapes: layer, then query heads, key-value groups and channels, `now of before`."""
-    before = told["original_shapes"] if len(told["original_shapes"]) == len(told["shapes"]) else None
+    before = original if len(original) == len(shapes) else None  # whole layers went: the others are numbered anew
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     rows = []
-    for index, shape in enumerate(told["shapes"]):
+    for index, shape in enumerate(shapes):
         cells = [f"{shape[name]:,}" + (f" of {before[index][name]:,}" if before else "") for name in names]
         rows.append((str(index), *cells))
     return rows

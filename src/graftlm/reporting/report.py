@@ -1,19 +1,17 @@
 """RUN/report.html: one file that tells what a run did, with its plots inside."""
 
-import dataclasses
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-import yaml
-
+from graftlm.configuring import config_to_dict
 from graftlm.files import read_json, write_text
 from graftlm.reporting import figures, nextsteps
-from graftlm.reporting.page import Plot, flatten, inline, template
+from graftlm.reporting.page import Plot, as_yaml, differences, flatten, inline, template
 from graftlm.reporting.plots import draw
 from graftlm.reporting.rundata import RunData, read_run
-from graftlm.training.config import RunConfig
+from graftlm.training.config import RunConfig, SourceConfig
 
 ALT = {
     "loss_tokens": "Training and evaluation loss against tokens",
@@ -41,34 +39,8 @@ def make_report(run: Path) -> Path:
 def config_differences(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(key, value, default) of every key that differs from its default, those of apex:, lora: ... included, in the
     config's order."""
-    return _differences(config, RunConfig, "")
-
-
-def _differences(config: Mapping[str, Any], kind: Any, prefix: str) -> list[tuple[str, str, str]]:
-    defaults = {f.name: f for f in dataclasses.fields(kind)}
-    hints = get_type_hints(kind)
-    found: list[tuple[str, str, str]] = []
-    for key, value in config.items():
-        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints.get(key)):
-            found += _differences(value, hints[key], f"{prefix}{key}.")
-            continue
-        default = defaults[key].default if key in defaults else dataclasses.MISSING
-        if default is dataclasses.MISSING:
-            found.append((prefix + key, _flow(value), figures.MISSING))
-        elif _plain(value) != _plain(default):
-            found.append((prefix + key, _flow(value), _flow(default)))
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """YAML knows no tuples: compare lists."""
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _flow(value: Any) -> str:
-    """A value on one line, as YAML."""
-    text = yaml.safe_dump(_plain(value), default_flow_style=True, sort_keys=False, width=10_000)
-    return text.removesuffix("\n").removesuffix("\n...")
+    defaults = config_to_dict(RunConfig(model="", data=(SourceConfig(""),)))
+    return differences(config, {key: value for key, value in defaults.items() if key not in ("model", "data")})
 
 
 def _context(data: RunData) -> dict[str, Any]:
@@ -102,7 +74,7 @@ def _context(data: RunData) -> dict[str, Any]:
         "fusion": figures.scientific(gap) if figures.is_number(gap) else "",
         "notes": [str(note) for note in outcome.get("notes") or []],
         "differences": config_differences(data.config),
-        "config": yaml.safe_dump(_plain_tree(data.config), sort_keys=False, allow_unicode=True) if data.config else "",
+        "config": as_yaml(data.config) if data.config else "",
         "environment": flatten(data.environment),
         "reproduce": nextsteps.reproduce(data.folder),
         "load": nextsteps.load_snippet(model, trust=_own_class(data.folder / "model")),
@@ -210,9 +182,3 @@ def _data(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("truncated", "truncated_share", figures.share),
     )
     return [(label, show(data[key])) for label, key, show in pairs if data.get(key) is not None]
-
-
-def _plain_tree(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain_tree(item) for key, item in value.items()}
-    return [_plain_tree(item) for item in value] if isinstance(value, list | tuple) else value

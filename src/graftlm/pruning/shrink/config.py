@@ -142,6 +142,13 @@ def make_shrink(
     return _resolved(given, "shrink")
 
 
+def default_values(steps: int) -> dict[str, Any]:
+    """`to_dict()` of a shrink of so many steps that is told nothing but what it must be told, which is left out."""
+    plain = ShrinkConfig(model="", data=(SourceConfig(""),), target_parameters=1, max_steps=steps)
+    told = ("model", "data", "target_parameters", "sparsity", "max_steps", "tokens")
+    return {key: value for key, value in make_shrink(plain).to_dict().items() if key not in told}
+
+
 def _node(given: Mapping[str, Any] | None, name: str) -> Node | None:
     return parse_yaml(yaml.safe_dump(dict(given)), name) if given else None
 
