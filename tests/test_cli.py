@@ -48,7 +48,7 @@ def calls(replace):
     evaluated = {"results": {"piqa": {"acc": 0.5}}, "notes": {"piqa": ["half of it"]}}
     replace("evaluation.run", run_evaluation=record("run_evaluation", evaluated))
     replace("generation", generate=record("generate"))
-    replace("reporting.report", make_report=record("make_report", Path("runs/x/report.html")))
+    replace("reporting.folders", report_on=record("report_on", Path("runs/x/report.html")))
     replace("environment", describe_environment=record("describe_environment", {"python": "3", "packages": {"a": "1"}}))
     return made
 
@@ -138,7 +138,7 @@ def test_generate(calls, words, chat):
 
 def test_report_and_env(calls, capsys):
     assert cli.main(["report", "runs/x"]) == 0
-    assert only(calls) == ("make_report", (Path("runs/x"),), {})
+    assert only(calls) == ("report_on", (Path("runs/x"),), {})
     assert cli.main(["env"]) == 0
     assert capsys.readouterr().out == "runs/x/report.html\npython: '3'\npackages:\n  a: '1'\n"
 

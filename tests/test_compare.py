@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -117,6 +118,20 @@ def test_results_of_two_sessions_meet(finished):
     other.put("theirs", {"settings": {}})
     cells.results.put("ours", {"settings": {}})
     assert {"theirs", "ours"} <= json.loads(comparison.results_path.read_text())["cells"].keys()
+
+
+def test_results_of_many_sessions_at_once(tmp_path):
+    """Each reads the file, adds its own and writes it: none may write what another has not seen."""
+
+    def session(name: int) -> None:
+        results = Results(tmp_path / "shared" / "results.json")
+        for number in range(8):
+            results.put(f"{name}-{number}", {"settings": {}})
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(session, range(6)))
+    found = json.loads((tmp_path / "shared" / "results.json").read_text())["cells"]
+    assert found.keys() == {f"{name}-{number}" for name in range(6) for number in range(8)}
 
 
 @pytest.mark.parametrize(

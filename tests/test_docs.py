@@ -56,7 +56,22 @@ def test_commands_inside_examples_and_help_parse(capsys):
     for config in CONFIGS:
         for command in re.findall(r"^#\s+(?:.*:\s+)?(graftlm .+)$", config.read_text(encoding="utf-8"), re.M):
             parses(command)
-    for name in ("train", "plan", "data", "assess", "eval", "compare", "pilot", "prune", "shrink", "export", "generate", "report", "demo", "env"):
+    for name in (
+        "train",
+        "plan",
+        "data",
+        "assess",
+        "eval",
+        "compare",
+        "pilot",
+        "prune",
+        "shrink",
+        "export",
+        "generate",
+        "report",
+        "demo",
+        "env",
+    ):
         with pytest.raises(SystemExit):
             cli.parse([name, "--help"])
         for command in re.findall(r"^  (graftlm .+?)(?:\s{3,}.*)?$", capsys.readouterr().out, re.M):

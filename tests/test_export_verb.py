@@ -106,6 +106,12 @@ def test_bad_input_is_one_line(
 def test_a_folder_is_not_written_over_itself(uneven: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, uneven, "--format", "padded", "--out", uneven)
     assert code == 2 and "the model's own folder" in err
+    mine = uneven.parent / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    code, _, err = run(capsys, uneven, "--format", "padded", "--out", mine)
+    assert code == 2 and "not empty" in err and err.count("\n") == 1
+    assert (mine / "thesis.txt").read_text() == "years of work"
     assert licence_of(uneven) == "apache-2.0"
 
 

@@ -45,6 +45,13 @@ def logits(model) -> Tensor:
     return model.eval()(IDS, use_cache=False).logits
 
 
+@pytest.mark.parametrize("family", ["qwen3", "olmo2"])
+def test_one_head_is_padded_exactly(family):
+    """Norms over one head and over all are of one length there."""
+    model = per_layer(family, {"layer0_channels": [0]}, num_attention_heads=1, num_key_value_heads=1)
+    agree(logits(padded(model)), logits(model), family)
+
+
 @pytest.mark.parametrize("kept", KEPTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_computes_the_same(family, kept, tmp_path):

@@ -15,7 +15,7 @@ from graftlm.pruning.base import Pruned
 from graftlm.pruning.layer_importance import layer_importance, normalised
 from graftlm.pruning.layer_sparsity import next_sparsity
 from graftlm.pruning.prune import count_parameters, iterate, prune
-from graftlm.pruning.settings import PruneSettings, parameter_count
+from graftlm.pruning.settings import METHODS, PruneSettings, parameter_count
 from graftlm.pruning.surgery import keep_components, prunable_blocks
 from graftlm.pruning.targets import Sizes, apportioned, find_target, sizes_of
 from graftlm.pruning.taylor import taylor
@@ -134,6 +134,19 @@ def test_taylor_of_bfloat16_is_held_in_float32():
 
 
 # --- importance of layers --------------------------------------------------------------------------------------------
+
+
+def test_taylor_of_float16_does_not_lose_small_gradients():
+    """Of a mean over many tokens, gradients are below the smallest float16."""
+    model = tiny_model(dtype=torch.float16)
+    for parameter in model.parameters():
+        parameter.data.mul_(0.02 if parameter.dim() == 2 else 1)
+    wide = tiny_model()
+    wide.load_state_dict(model.state_dict())
+    data = batches(1, rows=24)
+    want, found = (taylor(one, prunable_blocks(one), data) for one in (wide, model))
+    for name, scores in want.items():
+        assert float((found[name] / scores - 1).abs().median()) < 0.05
 
 
 def slow_layer_importance(model, batch, similarity) -> torch.Tensor:
@@ -426,3 +439,25 @@ def test_a_family_without_a_per_layer_class_and_a_broken_model():
     torch.nn.init.constant_(model.model.layers[1].mlp.up_proj.weight, torch.nan)
     with pytest.raises(UserError, match="NaN or Inf"):
         prune(model, PruneSettings(sparsity=0.2), calibration)
+
+
+@pytest.mark.parametrize(
+    "method", ["adapt", "llm-pruner", "flap", "slicegpt", "shortgpt", "minitron", "sheared", "wina"]
+)
+def test_a_model_that_computes_nan_is_refused(method):
+    model = tiny_model()
+    model.model.layers[0].self_attn.v_proj.weight.data[0, 0] = torch.nan
+    chosen = PruneSettings(method=method, sparsity=0.5, iterations=1, sheared_steps=2)
+    with pytest.raises(UserError, match="NaN or Inf; the model is broken"):
+        prune(model, chosen, calibration)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_refuses_an_unknown_family_before_it_measures(method):
+    def never(iteration: int):
+        raise AssertionError("measured")
+
+    model = tiny_model("stablelm", norm_eps=1e-5)
+    with pytest.raises(UserError, match="model type stablelm") as refused:
+        prune(model, PruneSettings(method=method, sparsity=0.3), never)
+    assert "\n" not in str(refused.value)

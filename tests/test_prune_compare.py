@@ -16,12 +16,13 @@ from graftlm.comparing.loop import alone
 from graftlm.comparing.process import OutOfTime, RunFailed
 from graftlm.comparing.pruning import runner, work
 from graftlm.comparing.pruning.config import PruneCompareConfig, load_prune_comparison
-from graftlm.comparing.pruning.jobs import changed
+from graftlm.comparing.pruning.jobs import PruneJob, changed
 from graftlm.comparing.pruning.work import equal_target
 from graftlm.comparing.runner import compare
 from graftlm.errors import UserError
 from graftlm.evaluation.run import run_evaluation
 from graftlm.files import read_json
+from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_components, prunable_blocks
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +135,14 @@ def test_a_new_setting_leaves_old_keys():
     }
 
 
+def test_settings_of_other_methods_are_no_part():
+    """So a default of theirs may change without a run of this one being done again."""
+    here, there = (PruneSettings(method="adapt", sparsity=0.5, sheared_steps=steps) for steps in (3, 4))
+    assert PruneJob(here, "parameters").identity() == PruneJob(there, "parameters").identity()
+    here, there = (PruneSettings(method="sheared", sparsity=0.5, sheared_steps=steps) for steps in (3, 4))
+    assert PruneJob(here, "parameters").identity() != PruneJob(there, "parameters").identity()
+
+
 # --- equal sizes -----------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +222,8 @@ def test_a_shrink_is_known_by_its_settings(tmp_path):
     keys = [cell.key for cell in opened(path)[1].wanted()]
     assert len(set(keys)) == 3
     assert [cell.key for cell in opened(path, f"output_dir={tmp_path / 'other'}")[1].wanted()] == keys
+    elsewhere = (f"shrink.train.cache_dir={tmp_path / 'cache'}", "shrink.keep=all", "shrink.train.save_steps=7")
+    assert [cell.key for cell in opened(path, *elsewhere)[1].wanted()] == keys
     longer = [cell.key for cell in opened(path, "shrink.max_steps=4")[1].wanted()]
     assert longer[0] == keys[0] and not set(longer[1:]) & set(keys)
     jobs = [cell.job for cell in opened(path, "seeds=[5]")[1].wanted() if cell.job]

@@ -84,7 +84,7 @@ def test_the_verb_writes_a_model_that_opens(text, tmp_path, capsys):
     assert prune("--sparsity", "0.3", *given) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "10 sequences of 64 tokens each" in said and "2 iterations" in said
-    assert f"--uniform --method adapt --data {text} --out {out}-uniform" in said
+    assert f"--uniform --method adapt --data {text} --out {out}-uniform iterations=2 amplitude=0.1" in said
     model, original = load_model(str(out)), load_model("tiny-llama")
     summary = json.loads((out / "pruning.json").read_text())
     target = count_parameters(original) - 0.3 * sum(
@@ -94,6 +94,9 @@ def test_the_verb_writes_a_model_that_opens(text, tmp_path, capsys):
     assert summary["settings"]["amplitude"] == 0.1 and summary["calibration"] == "10 sequences of 64 tokens"
     assert summary["held_out_loss"] > 0 and len(summary["layer_parameters"]) == 4
     assert load_tokenizer(str(out)).eos_token_id == load_tokenizer("tiny-llama").eos_token_id
+    assert "a loss of" in (out / "README.md").read_text()
+    assert cli.main(["prune", str(out), "--sparsity", "0.1", "--data", str(text), "--out", str(out)]) == 2
+    assert "the model's own folder" in capsys.readouterr().err
     # An earlier pruned model is replaced; this time a stock one of the same size comes out, and needs no control.
     assert prune("--target-parameters", str(count_parameters(model)), *given, "--uniform") == 0
     assert type(load_model(str(out))).__name__ == "LlamaForCausalLM"

@@ -302,6 +302,7 @@ def test_bfloat16_and_models_whose_layers_differ(method):
     ("change", "says"),
     [
         ({"iterations": 5, "sparsity": 0.3}, "one step"),
+        ({"exact": False, "sparsity": 0.3}, "always meets the sparsity"),
         ({"target_parameters": 10**9}, "above the model's"),
         ({"target_parameters": 100}, "ask for"),
     ],

@@ -11,7 +11,7 @@ from graftlm.errors import UserError
 from graftlm.masking import masked
 from graftlm.pruning.hard_concrete import LARGEST, Constraint, open_probability, sampled, settled
 from graftlm.pruning.inputs import output_of
-from graftlm.pruning.methods.sheared import _rate, learn_masks, multiply_gates
+from graftlm.pruning.methods.sheared import _rate, gate_rate, learn_masks, multiply_gates
 from graftlm.pruning.prune import prune
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks
@@ -56,6 +56,13 @@ def test_constraint_by_hand():
     found = constraint(torch.tensor([0.1, 0.5]), torch.tensor([0.3, 0.3]))
     by_hand = ((2 * -0.2 + 10 * 0.04) + (2 * 0.2 + 10 * 0.04)) / 2
     assert float(found.detach()) == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_gates_can_close_in_however_few_steps():
+    assert gate_rate(100) == 0.5 and gate_rate(3200) == 50 / 3200 and gate_rate(10) == 1.0
+    assert chosen(sheared_gate_rate=0.1).sheared_gate_rate == 0.1
+    pruned = prune(tiny_model(), chosen(sheared_steps=100), calibration)
+    assert float(pruned.notes[0].split("target by ")[1].split()[0]) < 0.1
 
 
 def test_learning_rate_of_weights_rises_and_falls():
@@ -144,6 +151,41 @@ def test_same_seed_same_model():
     one, two = (prune(tiny_model(), chosen(), calibration) for _ in range(2))
     for (name, a), b in zip(one.model.named_parameters(), two.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_batches_of_a_step_are_one_step():
+    """Gradients that are added up batch by batch are those of all rows at once."""
+    both = batches(1, rows=6, seed=1)
+    halves = [{name: rows[part] for name, rows in both[0].items()} for part in (slice(3), slice(3, 6))]
+    found = []
+    for data in (both, halves):
+        model = tiny_model(dtype=torch.float64)
+        blocks = prunable_blocks(model)
+        learned = learn_masks(model, blocks, {b.name: 0.5 for b in blocks}, lambda _, data=data: data, chosen())
+        found.append((learned, model))
+    (one, model), (two, other) = found
+    assert one.losses == pytest.approx(two.losses, rel=1e-5)
+    for name, scores in one.scores.items():
+        torch.testing.assert_close(scores, two.scores[name], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.lm_head.weight, other.lm_head.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_it_tells_its_progress_and_can_be_interrupted():
+    heard = []
+    pruned = prune(tiny_model(), chosen(sheared_steps=100, sheared_gate_rate=0.5), calibration, heard.append)
+    *training, last = heard
+    assert [(step.iteration, step.iterations) for step in training] == [(i + 1, 100) for i in range(100)]
+    assert training[0].parameters > training[-1].parameters  # what the gates are expected to leave
+    assert abs(training[-1].parameters - pruned.parameters) < 0.2 * (pruned.original_parameters - pruned.parameters)
+    assert (last,) == pruned.steps and last.parameters == pruned.parameters
+
+    def interrupted(step):
+        raise KeyboardInterrupt
+
+    model = tiny_model()
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, chosen(), calibration, interrupted)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(

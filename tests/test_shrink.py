@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from graftlm import cli
 from graftlm.checkpointing import load_tensors_and_metadata
 from graftlm.errors import UserError
+from graftlm.files import locked
 from graftlm.models import load_model, load_tokenizer
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shrink.config import load_shrink
@@ -222,7 +223,32 @@ def test_distillation_from_the_original(tmp_path):
 def test_what_cannot_be_is_said_first(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         quiet_shrink(tiny_shrink(tmp_path, **changes))
-    assert not (tmp_path / "run/phases.json").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_can_be_mended_where_nothing_was_pruned_yet(tmp_path):
+    with pytest.raises(UserError, match="an iteration needs 100000"):
+        quiet_shrink(tiny_shrink(tmp_path, prune={"samples": 100_000}))
+    assert (tmp_path / "run/phases.json").exists()
+    summary = quiet_shrink(tiny_shrink(tmp_path, interleaves=1, max_steps=1))
+    assert len(summary["phases"]) == 1
+
+
+def test_only_one_at_a_time(tmp_path):
+    task = tiny_shrink(tmp_path)
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="another shrink is running there"):
+        quiet_shrink(task)
+
+
+@pytest.mark.parametrize(("given", "message"), [("file", "is a file"), ("folder", "holds something else")])
+def test_foreign_folders_are_left_alone(given, message, tmp_path):
+    task = tiny_shrink(tmp_path)
+    if given == "folder":
+        (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "note" if given == "folder" else tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match=message):
+        quiet_shrink(task)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +292,11 @@ def test_config_reads_back_equal(tmp_path):
 def test_tokens_become_steps(tmp_path):
     task = tiny_shrink(tmp_path, max_steps=None, tokens=2560)
     assert task.run.max_steps == 10  # of 4 sequences of 64
+
+
+def test_data_may_be_streamed(tmp_path):
+    summary = quiet_shrink(tiny_shrink(tmp_path, max_steps=3, interleaves=2, train={"streaming": True}))
+    assert summary["steps"] == 3
 
 
 def test_dry_run_tells_sizes_steps_time_and_memory(tmp_path, capsys):

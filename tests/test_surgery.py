@@ -13,8 +13,9 @@ from torch import Tensor
 from graftlm.anatomy import PER_LAYER, decoder_layers, read_anatomy
 from graftlm.errors import UserError
 from graftlm.masking import masked
+from graftlm.pruning.parts import component_cost
 from graftlm.pruning.shapes import LayerShape, shapes_of
-from graftlm.pruning.surgery import add_output_biases, keep_components, keep_layers, kept_slices
+from graftlm.pruning.surgery import add_output_biases, keep_components, keep_layers, kept_slices, prunable_blocks
 
 FAMILIES = (*TRAINED, "gemma2")
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -72,6 +73,29 @@ def test_norms_over_all_heads_lose_their_share():
     want = norm.weight[16:].clone()  # of the second group's two heads
     smaller = keep_components(model, {"layer0_heads": torch.tensor([1])})
     assert torch.equal(decoder_layers(smaller)[1][0].self_attn.q_norm.weight, want)
+
+
+@pytest.mark.parametrize("heads", [(4, 1), (1, 1), (4, 4)], ids=["one group", "one head", "MHA"])
+@pytest.mark.parametrize("family", ["qwen3", "olmo2"])
+def test_norms_of_one_head_and_of_all(family, heads):
+    """A layer's own norms do not tell whether they are over one head or all where there is one group."""
+    model = tiny_model(family, num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    for block in read_anatomy(model, smallest=1).of_kind("heads"):
+        assert [norm.role for norm in block.norms] == (["q_norm", "k_norm"] if family == "olmo2" else [])
+        size = 8 * 32 * (2 * heads[0] + 2 * heads[1]) + (8 * (heads[0] + heads[1]) if family == "olmo2" else 0)
+        assert component_cost(model, block) * block.components == size
+    mixed = keep_components(tiny_model(family), {"layer0_heads": torch.tensor([1])})
+    assert {bool(block.norms) for block in read_anatomy(mixed, smallest=1).of_kind("heads")} == {family == "olmo2"}
+    costs = {component_cost(mixed, block) for block in prunable_blocks(mixed) if block.kind == "heads"}
+    assert len(costs) == 1  # of a group, whatever else its layer has
+
+
+def test_the_norms_of_a_family_that_is_not_in_the_table_are_known_by_their_length():
+    for family, over_all in (("qwen3", False), ("olmo2", True)):
+        mixed = keep_components(tiny_model(family), {"layer0_heads": torch.tensor([1])})
+        mixed.config.model_type = "unheard_of"
+        blocks = read_anatomy(mixed, smallest=1).of_kind("heads")
+        assert [bool(block.norms) for block in blocks] == [over_all, over_all]
 
 
 def test_biases_of_attention_outlive_its_heads():

@@ -4,7 +4,7 @@ Shapes: d = hidden size, H = query heads, G = key-value groups, D = head_dim, F 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -28,6 +28,9 @@ class AttentionNames:
     output: str
     query_norm: str = "self_attn.q_norm"
     key_norm: str = "self_attn.k_norm"
+    norms_over_all: bool | None = None
+    """Those norms are over all heads at once, whose weights go with the heads (OLMo2), not over each (Qwen3). None: as
+    their lengths say, which do not tell the two apart where a layer has one head."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ PER_LAYER = "per_layer_"
 # queries and keys, Gemma another activation: none of these changes where heads and channels live.
 SPLIT = (SPLIT_ATTENTION, SPLIT_FEED_FORWARD)
 FAMILIES: dict[str, tuple[AttentionNames, FeedForwardNames]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3"), SPLIT),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"), SPLIT),
+    "olmo2": (replace(SPLIT_ATTENTION, norms_over_all=True), SPLIT_FEED_FORWARD),
     "phi3": (FUSED_ATTENTION, FUSED_FEED_FORWARD),
 }
 
@@ -190,11 +194,26 @@ def model_family(model: nn.Module) -> str:
     return getattr(_text_config(model), "model_type", "").removeprefix(PER_LAYER)
 
 
+def _head_dim(model: nn.Module, output: nn.Linear) -> int:
+    """Width of a head; `output`: a layer's output projection."""
+    config = _text_config(model)
+    return int(getattr(config, "head_dim", None) or output.in_features // config.num_attention_heads)
+
+
+def _norms_over_all(model: nn.Module, layers: nn.ModuleList, names: AttentionNames) -> bool:
+    """Whether any layer's norm of queries or keys is longer than a head."""
+    for layer in layers:
+        for path in (names.query_norm, names.key_norm):
+            weight = _weight(layer, path) if _has(layer, path) and _has(layer, names.output) else None
+            if weight is not None and len(weight) > _head_dim(model, linear(layer, names.output)):
+                return True
+    return False
+
+
 def _attention_block(model: nn.Module, layer: int, prefix: str, names: AttentionNames, smallest: int) -> Block | str:
     """The heads of one layer, or a word on why they cannot be expanded."""
-    config = _text_config(model)
     output = linear(model, f"{prefix}.{names.output}")
-    head_dim = getattr(config, "head_dim", None) or output.in_features // config.num_attention_heads
+    head_dim = _head_dim(model, output)
     query_heads = output.in_features // head_dim  # a pruned layer has fewer than the config says
     values = linear(model, f"{prefix}.{names.values}")
     if names.values == names.queries:  # fused: rows of q, then k, then v
@@ -207,8 +226,8 @@ def _attention_block(model: nn.Module, layer: int, prefix: str, names: Attention
     slots = query_heads // groups
     norms = []
     for role, path, count in (("q_norm", names.query_norm, slots), ("k_norm", names.key_norm, 1)):
-        weight = _weight(model, f"{prefix}.{path}") if _has(model, f"{prefix}.{path}") else None
-        if weight is not None and len(weight) == groups * count * head_dim:
+        there = names.norms_over_all and _has(model, f"{prefix}.{path}")
+        if there and _weight(model, f"{prefix}.{path}") is not None:
             norms.append(Matrix(f"{prefix}.{path}", role, 0, count, head_dim))  # type: ignore[arg-type]
     return Block(
         kind="heads",
@@ -282,6 +301,8 @@ def read_anatomy(model: nn.Module, *, smallest: int = 2) -> Anatomy:
     """
     path, layers = decoder_layers(model)
     attention, feed_forward, notes = _layout(model, layers)
+    if attention is not None and attention.norms_over_all is None:
+        attention = replace(attention, norms_over_all=_norms_over_all(model, layers, attention))
     blocks: list[Block] = []
     for i, layer in enumerate(layers):
         prefix = f"{path}.{i}"

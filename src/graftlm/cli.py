@@ -263,11 +263,11 @@ def make_parser() -> argparse.ArgumentParser:
         "report",
         verbs.report,
         "plots and report of a run",
-        "Draw the plots of a run folder and its self-contained report.html again.",
+        "Draw the plots of a run, a pruned model or a shrink, and its self-contained report.html again.",
         "graftlm report runs/demo",
         "open RUN_DIR/report.html in a browser",
     )
-    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the output_dir of a run")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what train, prune or shrink wrote")
 
     demo = verb(
         "demo",

@@ -20,7 +20,7 @@ from graftlm.methods.sparse_settings import (
 )
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shrink.config import ShrinkConfig
-from graftlm.training.config import DistillationConfig, DistributedConfig, RunConfig, SourceConfig
+from graftlm.training.config import DistillationConfig, DistributedConfig, DynamicLoadingConfig, RunConfig, SourceConfig
 
 INTRO = """\
 # Configuration
@@ -61,6 +61,7 @@ SECTIONS: tuple[tuple[str, type[Any], str], ...] = (
     ("IST", IstSettings, "ist."),
     ("Reweighting", ReweightingSettings, "reweighting."),
     ("Distillation", DistillationConfig, "distillation."),
+    ("Dynamic loading", DynamicLoadingConfig, "dynamic_loading."),
     ("More than one GPU", DistributedConfig, "distributed."),
     ("Pruning", PruneSettings, ""),
     ("Shrinking", ShrinkConfig, ""),

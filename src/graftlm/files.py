@@ -1,6 +1,8 @@
 """Writing that survives a kill: to a temporary name, fsync, rename."""
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -15,6 +17,8 @@ from graftlm.errors import UserError
 
 UNFINISHED = ".unfinished-"
 """Part of the name of everything that is being written."""
+OLD = ".old"
+"""The end of the name of a folder that is being replaced."""
 
 
 def _fsync(path: Path) -> None:
@@ -60,13 +64,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success its files are fsynced and it takes `path`'s place.
 
-    A folder that stands at `path` is moved aside first and removed only after the new one is in place.
+    A folder that stands at `path` is moved aside first and removed only after the new one is in place. A process killed
+    between the two leaves it aside: the next one puts it back (put_back).
     """
     path = Path(path)
     with plain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        put_back(path)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{UNFINISHED}"))
-        old = temporary.with_name(temporary.name + ".old")
+        old = temporary.with_name(temporary.name + OLD)
         try:
             yield temporary
             umask = os.umask(0)
@@ -82,17 +88,43 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.rename(path)
             _fsync(path.parent)
         finally:
+            if old.exists() and not path.exists():
+                old.rename(path)
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_unfinished(folder: str | os.PathLike[str]) -> None:
-    """Remove what atomic_path and atomic_folder were writing in `folder` when a process was killed."""
-    for left in Path(folder).glob(f".*{UNFINISHED}*"):
+def put_back(path: str | os.PathLike[str]) -> None:
+    """Give the folder `path` its name again where a process was killed after it had moved it aside (atomic_folder)."""
+    path = Path(path)
+    for old in path.parent.glob(f".{glob.escape(path.name)}{UNFINISHED}*{OLD}"):
+        if not path.exists():
+            old.rename(path)
+
+
+def remove_unfinished(folder: str | os.PathLike[str], name: str = "*") -> None:
+    """Remove what atomic_path and atomic_folder were writing in `folder` (as `name`, a pattern) when a process was
+    killed, and put back what was to be replaced."""
+    for left in Path(folder).glob(f".{name}{UNFINISHED}*"):
+        if left.name.endswith(OLD):
+            put_back(left.with_name(left.name[1:].partition(UNFINISHED)[0]))
+    for left in Path(folder).glob(f".{name}{UNFINISHED}*"):
         if left.is_dir():
             shutil.rmtree(left)
         else:
             left.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str], name: str = ".lock", *, busy: str | None = None) -> Iterator[None]:
+    """Hold `folder`/`name`, a lock that the system takes back from a killed process. busy: what a UserError says while
+    another process has it; None: wait for that one."""
+    with (Path(folder) / name).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: {busy}") from error
+        yield
 
 
 def cache_root(given: str | None = None) -> Path:

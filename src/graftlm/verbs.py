@@ -82,9 +82,9 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    from graftlm.reporting import report as reports
+    from graftlm.reporting import folders
 
-    print(reports.make_report(args.run_dir))
+    print(folders.report_on(args.run_dir))
 
 
 def demo(args: argparse.Namespace) -> None:

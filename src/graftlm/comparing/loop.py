@@ -2,9 +2,8 @@
 open or the time is up."""
 
 import contextlib
-import fcntl
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from graftlm.comparing.process import OutOfTime, RunFailed
 from graftlm.errors import UserError
+from graftlm.files import locked
 from graftlm.reporting import figures
 
 
@@ -87,17 +87,9 @@ def print_plan(cells: Iterable[tuple[str, float | None, float | None]], notes: I
         console.print(f"note: {note}", highlight=False)
 
 
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Refuse to run beside another process in the same folder."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: another comparison is running there; wait, or give another output_dir"
-            ) from error
-        yield
+    return locked(folder, busy="another comparison is running there; wait, or give another output_dir")
 
 
 def close(

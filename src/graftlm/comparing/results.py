@@ -6,7 +6,7 @@ from typing import Any
 
 from graftlm.comparing.identity import same_settings
 from graftlm.errors import UserError
-from graftlm.files import read_json, write_json
+from graftlm.files import locked, read_json, write_json
 from graftlm.reporting.rundata import RunData
 
 FORMAT = 1
@@ -44,9 +44,11 @@ class Results:
         return record if record is not None and same_settings(record["settings"], settings) else None
 
     def put(self, key: str, record: Record) -> None:
-        self._read()  # another session may have finished runs of its own meanwhile
-        self._cells[key] = record
-        write_json(self.path, {"format": FORMAT, "cells": dict(sorted(self._cells.items()))})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path.parent, f".{self.path.name}.lock"):
+            self._read()  # another session may have finished runs of its own meanwhile
+            self._cells[key] = record
+            write_json(self.path, {"format": FORMAT, "cells": dict(sorted(self._cells.items()))})
 
     def records(self) -> Iterator[Record]:
         yield from self._cells.values()

@@ -101,7 +101,7 @@ def read_facts(model: PreTrainedModel) -> Facts:
             parameters,
         ),
         biases=_biases(model),
-        norms=_norms(layers, head_dim),
+        norms=_norms(model, layers),
         config=config,
     )
 
@@ -126,6 +126,7 @@ def _biases(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(roles)
 
 
-def _norms(layers: nn.ModuleList, head_dim: int) -> frozenset[str]:
-    found = [norm for layer in layers if (norm := getattr(layer.self_attn, "q_norm", None)) is not None]
-    return frozenset("head" if norm.weight.numel() == head_dim else "all" for norm in found)
+def _norms(model: PreTrainedModel, layers: nn.ModuleList) -> frozenset[str]:
+    over_all = {block.layer for block in read_anatomy(model, smallest=1).blocks if block.norms}
+    there = [i for i, layer in enumerate(layers) if getattr(layer.self_attn, "q_norm", None) is not None]
+    return frozenset("all" if i in over_all else "head" for i in there)

@@ -130,6 +130,8 @@ def _folder(args: argparse.Namespace) -> None:
         raise UserError(f"export: --out {args.out} is a file; --format {args.format} writes a folder")
     if args.out.resolve() == Path(args.model).resolve():
         raise UserError("export: --out is the model's own folder; name another")
+    if args.out.is_dir() and any(args.out.iterdir()):
+        raise UserError(f"export: --out {args.out} is there and not empty; name another folder, or delete it")
     model = _load(args.model)
     model_type = str(model.config.model_type)
     stock = type(model).__module__.startswith("transformers.models.")

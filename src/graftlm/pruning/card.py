@@ -1,7 +1,8 @@
 """The model card that goes into a pruned model's folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -12,11 +13,17 @@ from graftlm.reporting import figures
 from graftlm.reporting.card import cell, code, front_matter, how_to_open, markdown_table
 
 
-def pruned_card(pruned: Pruned | PreTrainedModel, base_model: str = "", data: str = "") -> str:
+def pruned_card(
+    pruned: Pruned | PreTrainedModel,
+    base_model: str = "",
+    data: str = "",
+    measured: Mapping[str, Any] | None = None,
+) -> str:
     """A Hugging Face model card (Markdown with YAML front matter) with the shape of every layer.
 
     `base_model`: what was pruned (a Hub id, a folder, a file or a built-in name; only a Hub id goes into the front
-    matter); `data`: the calibration text, in words.
+    matter); `data`: the calibration text, in words; `measured`: what pruning.json says of it besides, of which the
+    losses on what was held back are shown.
     """
     model = pruned.model if isinstance(pruned, Pruned) else pruned
     before = pruned.original_shapes if isinstance(pruned, Pruned) else None
@@ -34,9 +41,19 @@ def pruned_card(pruned: Pruned | PreTrainedModel, base_model: str = "", data: st
         layer_table(shapes_of(model), before),
         "## Limits",
         "Those of the model that it was pruned from, and what went with the parts that are gone: it is worse than that "
-        "model until it is trained again (`graftlm train`, `graftlm shrink`). Nothing was measured here.",
+        f"model until it is trained again (`graftlm train`, `graftlm shrink`). {_losses(measured or {})}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _losses(measured: Mapping[str, Any]) -> str:
+    before, after = measured.get("held_out_loss_before"), measured.get("held_out_loss")
+    if before is None or after is None:
+        return "Nothing was measured here."
+    return (
+        f"Measured here: a loss of {before:.4f} nats a token before and {after:.4f} after, on "
+        f"{measured['held_out_sequences']} sequences of the calibration text that were held back; nothing else."
+    )
 
 
 def layer_table(shapes: Sequence[LayerShape], before: Sequence[LayerShape] | None = None) -> str:
@@ -67,8 +84,8 @@ def _what_was_done(pruned: Pruned, base_model: str, data: str) -> str:
     )
     text += f" and {steps} iteration{'' if steps == 1 else 's'}" if steps else ""
     text += (
-        f". Calibrated on {settings.samples} sequences of {settings.sample_length} tokens an iteration"
-        f"{f' from {code(data)}' if data else ''} (seed {settings.seed})."
+        f". Calibrated on {settings.samples} sequences of {settings.sample_length} tokens"
+        f"{f' of {code(data)}' if data else ''}, drawn anew in each iteration (seed {settings.seed})."
     )
     if len(pruned.shapes) < len(pruned.original_shapes):
         text += f" {len(pruned.original_shapes) - len(pruned.shapes)} of {len(pruned.original_shapes)} layers went."

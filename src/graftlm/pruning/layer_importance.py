@@ -1,5 +1,6 @@
 """How much each decoder layer matters: how unlike its output is to its input (Adapt-Pruner, section 3.1.1, eq. 3-5)."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from graftlm.activations import MODEL_INPUTS
 from graftlm.anatomy import decoder_layers
+from graftlm.errors import UserError
 from graftlm.pruning.settings import Similarity
 
 
@@ -66,8 +68,15 @@ class LayerWatch:
         return all(self._tokens)
 
     def importance(self) -> Tensor:
-        """Of every layer: float64 [layers], mean 0, largest absolute value 1 (all 0 where layers do not differ)."""
+        """Of every layer: float64 [layers], mean 0, largest absolute value 1 (all 0 where layers do not differ).
+
+        Raises UserError where a layer's is NaN or Inf."""
         means = [float(total) / count for total, count in zip(self._sums, self._tokens, strict=True)]
+        for i, value in enumerate(means):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"prune: the importance of layer {i} is NaN or Inf; the model is broken, or its dtype too narrow"
+                )
         return normalised(-torch.tensor(means, dtype=torch.float64))
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.parts import component_cost
 from graftlm.pruning.prune import count_parameters
 from graftlm.pruning.settings import PruneSettings
-from graftlm.pruning.shapes import LayerShape, shapes_of
+from graftlm.pruning.shapes import LayerShape, per_layer_config_class, shapes_of
 from graftlm.pruning.surgery import prunable_blocks
 
 
@@ -22,10 +22,17 @@ def wanted_parameters(model: PreTrainedModel, settings: PruneSettings) -> int:
     """Parameters that the pruned model has at most, whatever it is pruned of. A sparsity asks for the same number as it
     does of methods that remove components: the model without that share of its heads' and channels' parameters.
 
-    Raises UserError for a target above the model, and for iterations: there is one.
+    Raises UserError for a target above the model, for a family without a per-layer class, and for iterations and
+    `exact: false`: there is one step, which meets the target.
     """
+    per_layer_config_class(model.config)  # said before anything is measured
     if settings.iterations not in (None, 1):
         raise UserError(f"prune: {settings.method} prunes in one step, not {settings.iterations}; leave iterations out")
+    if not settings.exact:
+        raise UserError(
+            f"prune: {settings.method} always meets the sparsity; exact: false (--as-published) is for methods that "
+            "say of every layer how many components it keeps"
+        )
     total = count_parameters(model)
     if settings.target_parameters is not None:
         if settings.target_parameters > total:

@@ -110,9 +110,7 @@ def _copy_output_biases(model: PreTrainedModel, new: PreTrainedModel) -> None:
 def _copy_block(model: nn.Module, block: Block, new: nn.Module, wider: Block) -> None:
     """Write `block`'s weights to the first components of `wider`."""
     ids = torch.arange(block.components)
-    norms = {norm.role: norm for norm in block.norms}
-    # Of one group, a norm of one head looks like one of all heads; among more groups it is copied as it is.
-    over_all = [(norms[norm.role], norm) for norm in wider.norms if norm.role in norms]
+    over_all = list(zip(block.norms, wider.norms, strict=True))
     grown = (wider.components / block.components) ** 0.5
     scales = {norm.role.removesuffix("_norm"): grown for _, norm in over_all}
     pairs = zip((*block.mixed, *block.followers), (*wider.mixed, *wider.followers), strict=True)

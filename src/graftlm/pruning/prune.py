@@ -14,7 +14,7 @@ from graftlm.pruning.layer_importance import LayerWatch
 from graftlm.pruning.layer_sparsity import Allocate, Progress
 from graftlm.pruning.methods import method
 from graftlm.pruning.settings import PruneSettings
-from graftlm.pruning.shapes import head_dim_of, shaped_config, shapes_of
+from graftlm.pruning.shapes import per_layer_config_class, shapes_of
 from graftlm.pruning.surgery import keep_components, prunable_blocks
 from graftlm.pruning.targets import Target, apportioned, counts_of, find_target, published
 
@@ -59,7 +59,7 @@ def iterate(
     """
     begin = time.perf_counter()
     shapes = tuple(shapes_of(model))
-    shaped_config(model.config, shapes, head_dim_of(model))  # a family that has no per-layer class says so now
+    per_layer_config_class(model.config)  # a family that has none says so now
     target = find_target(model, settings, uniform=allocate is None)
     original = count_parameters(model)
     kept = {name: torch.arange(n) for one in target.sizes for name, n in zip(one.names, one.counts, strict=True)}
@@ -92,6 +92,13 @@ def iterate(
     )
 
 
+def check_finite(scores: Mapping[str, Tensor]) -> None:
+    """Raise UserError where a measure is NaN or Inf. `scores`: of what, in words -> any shape."""
+    for name, values in scores.items():
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(f"prune: importance of {name} is NaN or Inf; the model is broken, or its dtype too narrow")
+
+
 def count_parameters(model: nn.Module) -> int:
     """Of the whole model, embeddings included; what is tied counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -118,11 +125,7 @@ def _measured(
 
     try:
         scores = measure(model, progress.blocks, batches)
-        for block in progress.blocks:
-            if not bool(torch.isfinite(scores[block.name]).all()):
-                raise UserError(
-                    f"prune: importance of {block.name} is NaN or Inf; the model is broken, or its dtype too narrow"
-                )
+        check_finite(scores)
         sparsities = None if allocate is None else allocate(progress, scores, of_layers)
     finally:
         watch.close()

@@ -3,23 +3,22 @@
 import glob
 import math
 import shlex
-import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
 from graftlm.anatomy import decoder_layers
 from graftlm.errors import UserError
-from graftlm.files import UNFINISHED
+from graftlm.files import remove_unfinished
 from graftlm.models import check_vocabulary, load_model, load_tokenizer
+from graftlm.progress import step_bar
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.calibration import TextCalibration, calibration_from
 from graftlm.pruning.prune import prune
@@ -53,6 +52,8 @@ def run_prune(
     earlier pruned model is never replaced.
     """
     out = Path(out)
+    if out.exists() and out.resolve() == Path(model_name).resolve():
+        raise UserError(f"prune: --out {out} is the model's own folder; name another")
     check_out(out)
     tokenizer = load_tokenizer(model_name, trust_remote_code=trust_remote_code)
     calibration = calibration_from(tokenizer, settings, data, progress=progress)
@@ -79,8 +80,7 @@ def run_prune(
         "layer_parameters": layer_parameters(pruned.model),
         "original_layer_parameters": layers,
     }
-    words = f"{calibration.size} of {where}, drawn anew in each iteration"
-    save_pruned(pruned, tokenizer, out, base_model=model_name, data=words, extra=measured)
+    save_pruned(pruned, tokenizer, out, base_model=model_name, data=where, extra=measured)
     report = write_report(out)
     _print(pruned, calibration, layers, before, after)
     _print_end(pruned, model_name, data, out, report)
@@ -89,13 +89,12 @@ def run_prune(
 
 def check_out(out: Path) -> None:
     """Raise UserError where `out` is anything but new, empty, or a pruned model (which is replaced). What a killed
-    process left of writing it is removed."""
+    process left of writing it is removed, and what it had moved aside is put back."""
+    remove_unfinished(out.parent, glob.escape(out.name))
     if out.is_dir() and not ((out / SUMMARY).is_file() or not any(out.iterdir())):
         raise UserError(f"{out}: is there and is no pruned model (no {SUMMARY}); give another --out, or delete it")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a folder as --out")
-    for left in out.parent.glob(f".{glob.escape(out.name)}{UNFINISHED}*"):
-        shutil.rmtree(left)
 
 
 def layer_parameters(model: nn.Module) -> list[int]:
@@ -115,10 +114,7 @@ class _Bar:
     def __init__(self, title: str, shown: bool):
         self._console = Console(stderr=True)
         self._shown = shown
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
-        figures = (TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
-        live = shown and self._console.is_terminal
-        self._progress = Progress(*columns, *figures, console=self._console, transient=True, disable=not live)
+        self._progress = step_bar(self._console, shown=shown)
         self._task = self._progress.add_task(title, total=None, figures="")
         self._title = title
 
@@ -199,5 +195,15 @@ def _print_end(pruned: Pruned, model_name: str, data: Sequence[SourceConfig] | N
         words = ["graftlm", "prune", model_name, "--target-parameters", str(pruned.parameters), "--uniform"]
         words += ["--method", pruned.settings.method]
         words += [word for source in data or () for word in ("--data", source.path)]
-        command = shlex.join([*words, "--out", f"{out}-uniform"])
+        words += ["--dtype", "bfloat16"] if pruned.model.dtype == torch.bfloat16 else []
+        words += ["--out", f"{out}-uniform", *_same_settings(pruned.settings)]
+        command = shlex.join(words)
         console.print(Text(f"compare it with its uniform control: {command}"), soft_wrap=True)
+
+
+def _same_settings(settings: PruneSettings) -> list[str]:
+    """Words that give the uniform control the other settings, where they are not the defaults."""
+    own = ("method", "sparsity", "target_parameters", "uniform", "exact", "preset")
+    default = PruneSettings(sparsity=settings.sparsity, target_parameters=settings.target_parameters)
+    given = ((name, value) for name, value in asdict(settings).items() if name not in own)
+    return [f"{name}={value}" for name, value in given if value != getattr(default, name)]

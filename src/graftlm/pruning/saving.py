@@ -43,7 +43,7 @@ def save_pruned(
     if isinstance(pruned, Pruned):
         summary = {**summary_of(pruned, base_model, data), **(extra or {}), "environment": describe_environment()}
         texts[SUMMARY] = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    card = pruned_card(pruned, base_model, data) if card is None else card
+    card = pruned_card(pruned, base_model, data, extra) if card is None else card
     save_model(model, tokenizer, folder, card=card, texts=texts)
 
 

@@ -61,8 +61,8 @@ class PruneSettings:
     """flap: what the removed components gave on average becomes a bias of the output projections (no stock class)."""
     sheared_steps: int = 100
     """sheared: training steps of the masks, each on the sequences of a calibration iteration (3200 in the paper)."""
-    sheared_gate_rate: float = 0.1
-    """sheared: learning rate of the gates (1.0 in the paper, whose training is 32 times as long)."""
+    sheared_gate_rate: float | None = None
+    """sheared: learning rate of the gates; None: 50 / sheared_steps, 1.0 at most (1.0 in the paper)."""
     sheared_multiplier_rate: float = 1.0
     """sheared: learning rate of the Lagrange multipliers."""
     sheared_weight_rate: float = 1e-4
@@ -88,8 +88,9 @@ class PruneSettings:
             if value is not None and value < least:
                 raise UserError(f"prune: {name} {value} must be at least {least}")
         for name in ("sheared_steps", "sheared_gate_rate", "sheared_multiplier_rate"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"prune: {name} {getattr(self, name)} must be above 0")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"prune: {name} {value} must be above 0")
         if not self.sheared_weight_rate >= 0:
             raise UserError(f"prune: sheared_weight_rate {self.sheared_weight_rate} must not be negative")
 

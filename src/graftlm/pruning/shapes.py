@@ -52,6 +52,16 @@ def shapes_of(model: nn.Module) -> list[LayerShape]:
     return [LayerShape(**w, output_biases=b) for w, b in zip(widths, biases, strict=True)]
 
 
+def per_layer_config_class(config: PretrainedConfig) -> Any:
+    """Config class of the per-layer family that `config` belongs to. Raises UserError where there is none."""
+    from graftlm.pruning.per_layer_modeling import FAMILIES
+
+    family = str(config.model_type).removeprefix(PER_LAYER)
+    if family not in FAMILIES:
+        raise UserError(f"model type {family}: layers of different widths are known for {', '.join(FAMILIES)} only")
+    return FAMILIES[family][0]
+
+
 def shaped_config(
     config: PretrainedConfig, shapes: Sequence[LayerShape], head_dim: int, layers: Sequence[int] | None = None
 ) -> PretrainedConfig:
@@ -62,12 +72,7 @@ def shaped_config(
 
     Raises UserError for a family that has no per-layer class.
     """
-    from graftlm.pruning.per_layer_modeling import FAMILIES
-
-    family = str(config.model_type).removeprefix(PER_LAYER)
-    if family not in FAMILIES:
-        raise UserError(f"model type {family}: layers of different widths are known for {', '.join(FAMILIES)} only")
-    per_layer_class: Any = FAMILIES[family][0]
+    per_layer_class = per_layer_config_class(config)
     given = config.to_dict()
     for key in ("model_type", "per_layer_config", "auto_map", "architectures"):
         given.pop(key, None)

@@ -11,6 +11,7 @@ from transformers.initialization import no_init_weights
 
 from graftlm.anatomy import Block, decoder_layers, read_anatomy
 from graftlm.errors import UserError
+from graftlm.pruning.parts import parts
 from graftlm.pruning.per_layer_modeling import output_projections
 from graftlm.pruning.shapes import LayerShape, head_dim_of, shaped_config, shapes_of
 
@@ -112,16 +113,12 @@ def kept_slices(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, tuple
             raise UserError(f"prune: {name} has components 0 to {block.components - 1}, not {ids.tolist()}")
         if len(ids) == block.components:
             continue
-        for matrix in (*block.mixed, *block.followers, *block.norms):
+        for part in parts(model, block):
             # Slot by slot is expansion's order; a weight's own order is component by component.
-            positions = matrix.index(ids).flatten().sort().values
-            module = model.get_submodule(matrix.module)
-            for parameter in ("weight", "bias") if matrix.dim == 0 else ("weight",):
-                if getattr(module, parameter, None) is not None:
-                    path = f"{matrix.module}.{parameter}"
-                    before = slices.get(path)  # a fused projection holds several matrices
-                    joined = positions if before is None else torch.cat([before[1], positions]).sort().values
-                    slices[path] = (matrix.dim, joined)
+            positions = part.matrix.index(ids).flatten().sort().values
+            before = slices.get(part.path)  # a fused projection holds several matrices
+            joined = positions if before is None else torch.cat([before[1], positions]).sort().values
+            slices[part.path] = (part.matrix.dim, joined)
     return slices
 
 

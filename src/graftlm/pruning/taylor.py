@@ -15,6 +15,8 @@ from graftlm.importance import by_component, with_labels
 from graftlm.pruning.base import Batch
 from graftlm.pruning.parts import Part, parts
 
+FLOAT16_SCALE = 2**10
+
 
 def taylor(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Importance of every component, by block name: float32 [components].
@@ -51,18 +53,23 @@ def taylor(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Ba
         else:
             sums[path] = gradient.float()
 
+    # A gradient of float16 may be too small to be told from 0, and is computed larger.
+    scale = FLOAT16_SCALE if model.dtype == torch.float16 else 1
+    items = torch.tensor(tokens / scale, device=device)
     training = model.training
     model.eval()
     loss = FusedLoss(model) if unfit(model) is None else None
-    with _only(model, {path: found[0][1].parameter for path, found in owners.items()}, heard):
-        for one in inputs:
-            model(**one, num_items_in_batch=torch.tensor(tokens, device=device), use_cache=False).loss.backward()
-    for path in list(sums):
-        credit(path, sums.pop(path))
-    if loss is not None:
-        loss.close()
-    model.train(training)
-    return scores
+    try:
+        with _only(model, {path: found[0][1].parameter for path, found in owners.items()}, heard):
+            for one in inputs:
+                model(**one, num_items_in_batch=items, use_cache=False).loss.backward()
+        for path in list(sums):
+            credit(path, sums.pop(path))
+    finally:
+        if loss is not None:
+            loss.close()
+        model.train(training)
+    return {name: score.div_(scale) for name, score in scores.items()}
 
 
 @contextmanager

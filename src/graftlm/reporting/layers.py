@@ -48,11 +48,17 @@ def plot_layers(
     return save(made, path)
 
 
-def plot_shares(models: Mapping[str, Sequence[Shape]], original: Sequence[Shape], title: str, path: Path) -> Path:
+def plot_shares(
+    models: Mapping[str, Sequence[Shape]],
+    original: Sequence[Shape],
+    title: str,
+    path: Path,
+    palette: Mapping[str, str] | None = None,
+) -> Path:
     """Share of its components that each layer of each model has left; models with other numbers of layers are left
-    out."""
+    out. palette: colours by model, where other pictures show them too."""
     made = figure(title, width=10.0, height=4.4, note="Of the first trial.")
-    palette = colours(models)
+    palette = palette or colours(models)
     grid = made.subplots(1, 2, sharey=True)
     for axes, part in zip(grid, PARTS, strict=True):
         for label, shapes in models.items():

@@ -35,7 +35,7 @@ def commands(run: Path) -> list[tuple[str, str]]:
     ]
 
 
-def reproduce(run: Path) -> str:
-    """The command that trains the same again, into a folder of its own."""
+def reproduce(run: Path, verb: str = "train") -> str:
+    """The command that does the same again, into a folder of its own."""
     again = run.with_name(run.name + "-again")
-    return f"graftlm train {shlex.quote(str(run / 'config.yaml'))} {shlex.quote(f'output_dir={again}')}"
+    return f"graftlm {verb} {shlex.quote(str(run / 'config.yaml'))} {shlex.quote(f'output_dir={again}')}"

@@ -64,7 +64,7 @@ def _context(folder: Path, told: dict[str, Any], plots: dict[str, Plot]) -> dict
         "title": f"{told['model'] or folder.name}: {figures.count(before)} → {figures.count(after)} parameters",
         "method": method,
         "model": told["model"] or "a model",
-        "data": told["data"],
+        "data": " of ".join(filter(None, (told.get("calibration"), told["data"]))),
         "written": datetime.now().strftime("%Y-%m-%d %H:%M"),
         "cards": _cards(told),
         "plots": plots,

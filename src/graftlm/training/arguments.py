@@ -77,6 +77,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             report_to=list(config.report_to) or "none",
             run_name=run.name,
             data_seed=config.seed,
+            train_sampling_strategy="sequential" if config.dynamic_loading.every else "random",
             eval_strategy="no",
             save_strategy="no",
             disable_tqdm=True,

@@ -79,6 +79,25 @@ class DistillationConfig:
 
 
 @dataclass(frozen=True)
+class DynamicLoadingConfig:
+    """Weights of the sources of data that follow their losses (Sheared-LLaMA's dynamic batch loading)."""
+
+    every: int = 0
+    """Steps between updates of the weights; 0: they stay as given."""
+    reference_losses: tuple[float, ...] = ()
+    """The loss that each source should come to, in nats per token, in the order of data; none: that of the model that
+    training begins with (of a shrink: of the original), measured on the same sequences."""
+    sequences: int = 32
+    """Held-out sequences of each source, at most, that its loss is measured on."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise UserError(f"dynamic_loading.every: {self.every} must not be negative")
+        if self.sequences < 1:
+            raise UserError(f"dynamic_loading.sequences: {self.sequences} must be at least 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A training run (`graftlm train CONFIG.yaml`)."""
 
@@ -116,6 +135,8 @@ class RunConfig:
     """Weights of samples by their loss, with any method."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """Learning from a teacher's predictions, with any method."""
+    dynamic_loading: DynamicLoadingConfig = field(default_factory=DynamicLoadingConfig)
+    """More of the sources whose loss is far from where it should be, with any method."""
     stage_starts: tuple[int, ...] = ()
     """Method full: steps at which the learning rate follows apex' stages; a control gets those of its run."""
 
@@ -257,12 +278,37 @@ class RunConfig:
             raise UserError("apex.stage_by: a phase is shorter than an epoch may be; use steps or tokens")
         if self.distillation.teacher is not None:
             self._check_distillation()
+        if self.dynamic_loading.every:
+            self._check_dynamic_loading()
         if self.distributed.strategy == "fsdp2" and self.method not in ("apex", "full"):
             raise UserError(f"distributed.strategy: fsdp2 cannot shard method: {self.method}; use ddp or none")
         if self.streaming and self.max_steps < 0:
             raise UserError("max_steps: streaming data has no known length; set max_steps")
         if self.streaming and self.apex.stage_by == "epochs" and self.method == "apex":
             raise UserError("apex.stage_by: streaming data has no epochs; use steps or tokens")
+
+    def _check_dynamic_loading(self) -> None:
+        told, sources = self.dynamic_loading.reference_losses, len(self.data)
+        if sources < 2:
+            raise UserError(
+                "dynamic_loading: data has one source, and weights are of several; give more, or leave it out"
+            )
+        if told and len(told) != sources:
+            raise UserError(f"dynamic_loading.reference_losses: has {len(told)} losses for {sources} sources of data")
+        if self.eval_data and len(self.eval_data) != sources:
+            raise UserError(
+                f"eval_data: has {len(self.eval_data)} sources; dynamic_loading needs one for each of data's "
+                f"{sources}, in their order (or none: some of each is held back)"
+            )
+        if not self.eval_data and not self.eval_fraction:
+            raise UserError(
+                "eval_fraction: dynamic_loading measures losses on held-out text; give eval_data, or above 0"
+            )
+        if self.streaming or self.max_steps < 0:
+            name = "streaming" if self.streaming else "num_train_epochs"
+            raise UserError(f"{name}: does not go with dynamic_loading, which has no epochs; set max_steps alone")
+        if self.control:
+            raise UserError("control: would see other data than the run under dynamic_loading; leave out one of them")
 
     def _check_distillation(self) -> None:
         """Its loss is the fused one, which sees the last hidden states and not the logits."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from graftlm.files import plain_disk_errors
+from graftlm.progress import step_bar
 
 
 class MetricsLog:
@@ -48,16 +48,7 @@ class Display:
     def __init__(self, title: str, console: Console | None = None):
         self.console = console or Console(stderr=True)
         self.title = title
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
+        self._progress = step_bar(self.console)
         self._task = self._progress.add_task(title, total=None, figures="")
 
     def start(self, step: int, total: int) -> None:

@@ -41,6 +41,8 @@ class Recording(TrainerCallback):
         step = state.global_step
         due = step in trainer.eval_at or (trainer.eval_every and step % trainer.eval_every == 0)
         last = step == trainer.last_step
+        if step < state.max_steps:  # at the end of a phase too, for the next
+            trainer.update_weights()
         if due and not last:
             trainer.evaluate_now("periodic")
         # The last step too: whatever then goes wrong with saving the model (a full disk), the training is not lost.

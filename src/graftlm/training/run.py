@@ -227,6 +227,7 @@ def _make_trainer(
         method=method,
         reweighting=config.reweighting,
         phase=config.phase,
+        dynamic_loading=config.dynamic_loading,
     )
     if config.method != "apex":
         trainer.schedule_config = config.apex

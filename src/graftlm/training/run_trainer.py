@@ -33,7 +33,10 @@ from graftlm.training.checkpoints import (
     save_state,
     shared_folder,
 )
+from graftlm.training.config import DynamicLoadingConfig
+from graftlm.training.data.dynamic import DynamicBlocks
 from graftlm.training.distributed import every, is_main, world_size
+from graftlm.training.dynamic_loading import DynamicLoading
 from graftlm.training.held_out import mean_loss
 from graftlm.training.metrics import Display, MetricsLog
 from graftlm.training.phases import begins_phase, load_phase_start
@@ -63,6 +66,7 @@ class RunTrainer(ApexTrainer):
         method: Method | None = None,
         reweighting: ReweightingSettings | None = None,
         phase: Sequence[int] | None = None,
+        dynamic_loading: DynamicLoadingConfig | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -75,6 +79,9 @@ class RunTrainer(ApexTrainer):
         self.evaluation_batch_size = evaluation_batch_size
         self.display = display
         self.eval_every, self.eval_at, self.save_every = eval_every, eval_at, save_every
+        self.loading: DynamicLoading | None = None
+        if isinstance(self.train_dataset, DynamicBlocks) and dynamic_loading is not None:
+            self.loading = DynamicLoading(dynamic_loading, self.train_dataset, self.loss_on)
         self.metrics: MetricsLog | None = None
         self.tokens = 0
         self.seconds = 0.0
@@ -139,6 +146,13 @@ class RunTrainer(ApexTrainer):
         self.control.should_log = training_log_due  # Trainer takes any log for the one that was due
         return loss
 
+    def update_weights(self) -> None:
+        """Give the sources of data the weights that follow from their losses now, if it is time."""
+        if self.loading is not None:
+            told = self.loading.after_step(self.state.global_step, self._sequences_a_step())
+            if told is not None:
+                self._write(event="weights", **told, stage=self.apex.clock.stage if self.apex is not None else 0)
+
     def _write(self, *, stage: int, **values: Any) -> None:
         assert self.metrics is not None
         position = {"step": self.state.global_step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
@@ -174,6 +188,8 @@ class RunTrainer(ApexTrainer):
         assert self.metrics is not None
         self.metrics.rewind(0)
         self.eval_loss_start = self.evaluate_now("start")
+        if self.loading is not None:
+            self.loading.begin()
         if self.apex is not None:
             self._tell_stage(self.eval_loss_start)
 
@@ -302,6 +318,7 @@ class RunTrainer(ApexTrainer):
             "metrics_bytes": self.metrics.size,
             "parameters": self._optimized(),
             "sequences_a_step": self._sequences_a_step(),
+            "loading": self.loading.state_dict() if self.loading is not None else None,
         }
         apex = self.apex.state_dict() if self.apex is not None else None  # which all processes take part in
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -357,6 +374,8 @@ class RunTrainer(ApexTrainer):
             )
         self.tokens, self.seconds, self.stages = told["tokens"], told["seconds"], told["stages"]
         self.eval_loss_start = told["eval_loss_start"]
+        if self.loading is not None:
+            self.loading.load_state_dict(told["loading"])
         self._loss, self._logged = told["loss"], tuple(told["logged"])
         assert self.metrics is not None
         self.metrics.rewind(told["metrics_bytes"])

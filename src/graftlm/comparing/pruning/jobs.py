@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graftlm.comparing.identity import by_content, content_of_sources
-from graftlm.pruning.settings import PruneSettings
-from graftlm.pruning.shrink.config import Shrink, ShrinkConfig, make_shrink
+from graftlm.comparing.identity import by_content, content_of_sources, settings_of
+from graftlm.pruning.settings import METHODS, PruneSettings
+from graftlm.pruning.shrink.config import NOT_IN_TRAIN, Shrink, default_values
 from graftlm.training.config import SourceConfig
 
 DONE = "done.json"
 MODEL = "model"
 """What the process leaves in the cell's folder: the model first."""
-ELSEWHERE = ("model", "data", "output_dir")
+ELSEWHERE = ("model", "data", "output_dir", "keep")
 """Of a shrink: what a cell's settings have already, or do not depend on."""
 
 
@@ -36,13 +36,18 @@ class PruneJob:
         return {"prune": dataclasses.asdict(self.settings), "sparsity_of": self.sparsity_of}
 
     def identity(self) -> dict[str, Any]:
-        """What a finished cell's settings say of it."""
-        return self.given()
+        """What a finished cell's settings say of it: without those of other methods, whose defaults may change."""
+        given = self.given()
+        return {**given, "prune": {key: value for key, value in given["prune"].items() if self._concerns(key)}}
+
+    def _concerns(self, key: str) -> bool:
+        owner = key.partition("_")[0]  # flap_compensation, sheared_steps
+        return owner not in METHODS or owner == self.method
 
     def key(self) -> dict[str, Any]:
         """The same as far as it is not the default, so that a setting added later leaves the keys of old cells."""
         defaults = {**dataclasses.asdict(PruneSettings(sparsity=0.5)), "sparsity": None}
-        given = self.given()
+        given = self.identity()
         return {**given, "prune": changed(given["prune"], defaults)}
 
 
@@ -68,13 +73,14 @@ class ShrinkJob:
         values = {key: value for key, value in self.task.to_dict().items() if key not in ELSEWHERE}
         distillation = {**values["distillation"], "teacher": by_content(values["distillation"]["teacher"])}
         eval_data = content_of_sources(self.task.settings.eval_data)
-        return {"shrink": {**values, "eval_data": eval_data, "distillation": distillation}}
+        train = {key: value for key, value in settings_of(self.task.run).items() if key not in NOT_IN_TRAIN}
+        return {"shrink": {**values, "eval_data": eval_data, "distillation": distillation, "train": train}}
 
     def key(self) -> dict[str, Any]:
-        plain = make_shrink(ShrinkConfig("", (SourceConfig(""),), target_parameters=1, max_steps=1)).to_dict()
-        given = self.identity()["shrink"]
         source = dataclasses.asdict(SourceConfig(""))
-        return {"shrink": changed({**given, "eval_data": [changed(one, source) for one in given["eval_data"]]}, plain)}
+        given = self.identity()["shrink"]
+        eval_data = [changed(one, source) for one in given["eval_data"]]
+        return {"shrink": changed({**given, "eval_data": eval_data}, default_values(self.task.run.max_steps))}
 
 
 Job = PruneJob | ShrinkJob

@@ -14,8 +14,15 @@ def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
         shapes = {row["name"]: row["shapes"] for row in summary["rows"] if row["size"] == size and row["shapes"]}
         if shapes:
             title = f"What each layer has left at {size}"
-            made.append(plot_shares(shapes, summary["original_shapes"], title, folder / f"layers_{number}.png"))
+            path = folder / f"layers_{number}.png"
+            made.append(plot_shares(shapes, summary["original_shapes"], title, path, _palette(summary)))
     return [path for path in made if path is not None]
+
+
+def _palette(summary: dict[str, Any]) -> dict[str, str]:
+    """One colour a variant, in every figure."""
+    names = dict.fromkeys(row["name"] for row in summary["rows"])
+    return colours([name for name in names if name != summary["control"]]) | {summary["control"]: CONTROL}
 
 
 def _perplexity(summary: dict[str, Any], text: str, path: Path) -> Path | None:
@@ -23,7 +30,7 @@ def _perplexity(summary: dict[str, Any], text: str, path: Path) -> Path | None:
     if not rows:
         return None
     names = list(dict.fromkeys(row["name"] for row in rows))
-    colour = colours([name for name in names if name != summary["control"]]) | {summary["control"]: CONTROL}
+    colour = _palette(summary)
     made = figure(
         f"Word perplexity on {text} against parameters",
         note="Small dots are trials, lines go through their means; lower and further left is better.",

@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from graftlm.training.control import end_with_parent
 def equal_target(model: nn.Module, share: float) -> int:
     """Parameters that are left when `share` of the weights of all heads and channels goes, whatever the method."""
     prunable = sum(block.components * component_cost(model, block) for block in prunable_blocks(model))
-    return sum(p.numel() for p in model.parameters()) - prunable + math.floor(prunable * (1 - share))
+    return sum(p.numel() for p in model.parameters()) - prunable + math.floor(prunable * (1 - Fraction(str(share))))
 
 
 def work(given: dict[str, Any], folder: Path) -> None:

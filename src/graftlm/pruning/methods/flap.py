@@ -25,7 +25,7 @@ from graftlm.importance import by_component
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.inputs import column_norms, output_of, watch_inputs
 from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
-from graftlm.pruning.prune import strongest
+from graftlm.pruning.prune import check_finite, strongest
 from graftlm.pruning.ranking import ranked_counts, uniform_counts
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import add_output_biases, keep_components, prunable_blocks
@@ -107,6 +107,7 @@ def prune(
     settings_met = replace(settings, sparsity=None, target_parameters=max(1, wanted), exact=True)
     target = find_target(model, settings_met, uniform=bool(settings.uniform))
     moments = input_moments(model, blocks, calibration(0))
+    check_finite({name: own.squares for name, own in moments.items()})  # NaN leaves no deviation to divide by
     scores = {block.name: fluctuation(model, block, moments[block.name]) for block in blocks}
     counts = uniform_counts(target) if settings.uniform else ranked_counts(target.sizes, scores, target.budget)
     kept = {block.name: torch.arange(block.components) for block in blocks} | strongest(scores, counts)

@@ -35,11 +35,12 @@ def activation(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequenc
         units = inputs.unflatten(-1, (block.ranked, block.width))  # [B, S, heads or channels, width]
         sizes = torch.linalg.vector_norm(units, dim=-1) * mask[..., None]  # a channel's width is 1
         means = sizes.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)  # [B, ranked]
-        squares[block.name] = squares.get(block.name, torch.zeros(())) + means.square().sum(0).cpu()
+        squares[block.name] = squares.get(block.name, torch.zeros(())) + means.square().sum(0)
 
     watch_inputs(model, blocks, batches, see)
     return {
-        block.name: squares[block.name].sqrt().view(block.components, block.slots).sum(1).float() for block in blocks
+        block.name: squares[block.name].sqrt().view(block.components, block.slots).sum(1).float().cpu()
+        for block in blocks
     }
 
 

@@ -24,7 +24,7 @@ from graftlm.anatomy import decoder_layers, linear
 from graftlm.errors import UserError
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
-from graftlm.pruning.prune import count_parameters
+from graftlm.pruning.prune import check_finite, count_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.sliced_modeling import FAMILIES, NORMS
 from graftlm.pruning.surgery import prunable_blocks, rebuilt
@@ -134,6 +134,7 @@ def principal_components(signals: list[Tensor], masks: list[Tensor]) -> Tensor:
     for signal, mask in zip(signals, masks, strict=True):
         rows = signal[mask].double()
         squares += rows.T @ rows
+    check_finite({"the hidden size's directions": squares})
     return torch.linalg.eigh(squares).eigenvectors.flip(1)  # eigenvalues ascend
 
 

@@ -24,17 +24,17 @@ from graftlm.pruning.settings import PruneSettings
 def wina(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Mean over tokens of |input| times the norm of its column, summed over a component: float32 [components]."""
     sums: dict[str, Tensor] = {}
-    tokens: dict[str, int] = dict.fromkeys((block.name for block in blocks), 0)
+    tokens: dict[str, Tensor] = {}
 
     def see(block: Block, inputs: Tensor, mask: Tensor) -> None:
-        sums[block.name] = sums.get(block.name, torch.zeros(())) + inputs[mask].abs().sum(0).cpu()
-        tokens[block.name] += int(mask.sum())
+        sums[block.name] = sums.get(block.name, torch.zeros(())) + inputs[mask].abs().sum(0)
+        tokens[block.name] = tokens.get(block.name, torch.zeros(())) + mask.sum()
 
     watch_inputs(model, blocks, batches, see)
     scores = {}
     for block in blocks:
-        columns = sums[block.name] / tokens[block.name] * column_norms(model, block).sqrt().cpu()
-        scores[block.name] = by_component(columns, output_of(block), block.components).float()
+        columns = sums[block.name] / tokens[block.name] * column_norms(model, block).sqrt()
+        scores[block.name] = by_component(columns, output_of(block), block.components).float().cpu()
     return scores
 
 

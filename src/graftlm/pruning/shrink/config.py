@@ -186,6 +186,7 @@ def _training(settings: ShrinkConfig, name: str) -> RunConfig:
     if (teacher := settings.distillation.teacher) is not None:
         top["distillation"] = {**plain["distillation"], "teacher": settings.model if teacher == ORIGINAL else teacher}
     top["method"] = "apex" if settings.recovery == "apex" else "full"
+    top["max_steps"] = settings.max_steps or 1  # where tokens are given: until the size of a step is known
     run: RunConfig = _layers({**top, **DEFAULTS}, settings.train, name, RunConfig)
     for key in ("stage_learning_rates", "rewarmup_ratio"):
         if settings.recovery == "apex" and getattr(run.apex, key):

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftlm.files import atomic_folder
+from graftlm.files import atomic_folder, read_json, write_json
 from graftlm.pruning.shrink.phases import Phase
 from graftlm.training.checkpoints import list_checkpoints
 
@@ -62,12 +62,13 @@ class PhaseFolder:
         run that it must see the data of the phase before."""
         if list_checkpoints(self.train):
             return
+        # Before the checkpoint, which says that everything is there.
+        write_json(self.train / "data.json", read_json(before.train / "data.json"))
         with atomic_folder(self.train / "checkpoints" / f"step-{self.phase.first}") as temporary:
             for file in [*self.pruned.glob("*.safetensors*"), self.pruned / "config.json"]:
                 _link(file, temporary / file.name)
             for file in self.start_in(self.pruned).iterdir():
                 _link(file, temporary / file.name)
-        shutil.copyfile(before.train / "data.json", self.train / "data.json")
 
     def drop_weights(self) -> None:
         """Delete what is large; what was measured stays."""

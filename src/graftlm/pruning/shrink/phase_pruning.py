@@ -26,6 +26,7 @@ from graftlm.pruning.shrink.phases import Phase
 from graftlm.pruning.surgery import kept_slices
 from graftlm.training.checkpoints import list_checkpoints
 from graftlm.training.data import prepare_data
+from graftlm.training.data.dynamic import DynamicBlocks
 from graftlm.training.held_out import mean_loss
 from graftlm.training.layout import run_device
 from graftlm.training.phases import write_phase_start
@@ -66,6 +67,7 @@ def prune_phase(
     losses = _Losses(shrink, tokenizer)
     told = read_json(before.summary) if before else None
     loss_before = told["eval_loss_end"] if told else losses.of(model)
+    references = losses.by_source(model) if before is None else None
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     original = sum(p.numel() for p in model.parameters())
     settings = prune_settings(shrink, folder.phase, phases)
@@ -84,6 +86,7 @@ def prune_phase(
         "parameters": sum(p.numel() for p in model.parameters()),
         "eval_loss_before_pruning": loss_before,
         "eval_loss_after_pruning": loss_after,
+        "reference_losses": references,
         "shapes": [shape.overrides() for shape in shapes_of(model)],
         "layer_importance": [step.layer_importance for step in pruned.steps] if pruned else [],
         "notes": list(pruned.notes) if pruned else [],
@@ -136,9 +139,16 @@ class _Losses:
 
     def of(self, model: PreTrainedModel) -> float | None:
         """None without held-out data."""
-        data, size = self._data.evaluation, self._run.per_device_eval_batch_size
-        if data is None or not (count := len(data)):  # type: ignore[arg-type]
-            return None
+        data = self._data.evaluation
+        return None if data is None or not len(data) else self._on(data, model)  # type: ignore[arg-type]
+
+    def by_source(self, model: PreTrainedModel) -> list[float] | None:
+        """What dynamic loading compares with, as far as it is not given; None without it."""
+        data = self._data.train
+        return [self._on(one, model) for one in data.held_out] if isinstance(data, DynamicBlocks) else None
+
+    def _on(self, data: Any, model: PreTrainedModel) -> float:
+        size, count = self._run.per_device_eval_batch_size, len(data)
         batches = (
             self._data.collator([data[i] for i in range(s, min(s + size, count))]) for s in range(0, count, size)
         )

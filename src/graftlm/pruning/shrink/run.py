@@ -16,7 +16,7 @@ from rich.console import Console
 
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
-from graftlm.files import read_json, remove_unfinished, write_json, write_text
+from graftlm.files import locked, plain_disk_errors, read_json, remove_unfinished, write_json, write_text
 from graftlm.models import load_model, load_tokenizer
 from graftlm.pruning.base import PruneStep
 from graftlm.pruning.saving import save_pruned
@@ -35,6 +35,8 @@ from graftlm.training.config import RunConfig
 from graftlm.training.plan import load_skeleton
 from graftlm.training.run import train_one
 
+FIRST = "phase_01/pruned/phase.json"
+"""What is there once something depends on the settings."""
 ONCE = ("slicegpt",)
 """Methods that cannot prune what they have pruned."""
 FREE = {
@@ -58,24 +60,33 @@ def run_shrink(task: Shrink, *, console: Console | None = None) -> dict[str, Any
     check_optimizer(task.run)
     folder = task.folder
     finished = folder / "summary.json"
-    if (folder / "config.yaml").exists():
+    if (folder / FIRST).exists():  # until then nothing depends on the settings, and a mistake in them can be mended
         _check_same_config(task)
     if finished.exists():
         summary: dict[str, Any] = read_json(finished)
         told = f"{folder} is finished; nothing to do (delete it, or give another output_dir)"
         console.print(told, highlight=False, soft_wrap=True)
         return summary
-    folders = _open(task)
+    plan = None if (folder / FIRST).exists() else plan_phases(task)  # before anything is written
+    _make(folder)
+    with locked(folder, busy="another shrink is running there; wait, or give another output_dir"):
+        summary = _go_on(task, plan, console)
+        write_json(finished, summary)
+    print_summary(summary, folder, console=given)
+    return summary
+
+
+def _go_on(task: Shrink, plan: dict[str, Any] | None, console: Console) -> dict[str, Any]:
+    """All phases that are not finished yet, and the model; returns summary.json. plan: of a new shrink."""
+    folder, folders = task.folder, _open(task, plan)
     for number, here in enumerate(folders):
         before = folders[number - 1] if number else None
         _phase(task, here, before, len(folders), console)
         write_metrics(folder, folders[: number + 1])
     summary = summarise(task, read_json(folder / "phases.json"), folders)
     _save(task, folders[-1], summary)
-    write_json(finished, summary)
     if task.settings.keep == "last":
         folders[-1].drop_weights()
-    print_summary(summary, folder, console=given)
     return summary
 
 
@@ -105,27 +116,40 @@ def plan_phases(task: Shrink) -> dict[str, Any]:
 
 
 def phase_config(task: Shrink, here: PhaseFolder) -> RunConfig:
-    """The run that trains a phase."""
+    """The run that trains a phase; its losses by source are compared with those of the original."""
+    loading = task.run.dynamic_loading
+    if loading.every and not loading.reference_losses:
+        measured = read_json(task.folder / FIRST)["reference_losses"]
+        loading = dataclasses.replace(loading, reference_losses=tuple(measured))
     return dataclasses.replace(
         task.run,
+        dynamic_loading=loading,
         model=str(here.pruned),
         output_dir=str(here.train),
         phase=(here.phase.first, here.phase.end),
     )
 
 
-def _open(task: Shrink) -> list[PhaseFolder]:
-    """Make the folder, or find it begun."""
-    folder, plan = task.folder, task.folder / "phases.json"
-    if not plan.exists():
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
-            raise UserError(f"output_dir: {folder} holds something else; give another")
+def _make(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file; give a folder")
+    there = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
+    if there and "phases.json" not in there:
+        raise UserError(f"output_dir: {folder} holds something else; give another")
+    with plain_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _open(task: Shrink, plan: dict[str, Any] | None) -> list[PhaseFolder]:
+    """The phases' folders, of a shrink that begins (with `plan`) or goes on."""
+    folder = task.folder
+    if plan is not None:
+        write_json(folder / "phases.json", plan)
         write_text(
             folder / "config.yaml", yaml.safe_dump(task.to_dict(), sort_keys=False, allow_unicode=True, width=120)
         )
         write_json(folder / "environment.json", describe_environment())
-        write_json(plan, plan_phases(task))
-    folders = [PhaseFolder(folder, Phase(**phase)) for phase in read_json(plan)["phases"]]
+    folders = [PhaseFolder(folder, Phase(**phase)) for phase in read_json(folder / "phases.json")["phases"]]
     for place in (folder, *(one.path for one in folders)):
         remove_unfinished(place)
     return folders

@@ -69,7 +69,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def summarise(task: Shrink, plan: dict[str, Any], folders: Sequence[PhaseFolder]) -> dict[str, Any]:
     """summary.json of a shrink whose phases are all finished; `plan`: phases.json."""
     phases: list[dict[str, Any]] = []
-    notes: list[str] = []
+    notes: dict[str, list[int]] = {}  # with the phases that had it
     tokens, seconds, peak = 0, 0.0, 0
     for here in folders:
         facts, told = read_json(here.facts), read_json(here.summary)
@@ -94,7 +94,8 @@ def summarise(task: Shrink, plan: dict[str, Any], folders: Sequence[PhaseFolder]
                 "layer_importance": facts["layer_importance"],
             }
         )
-        notes += [*facts["notes"], *told["notes"]]
+        for note in dict.fromkeys([*facts["notes"], *told["notes"]]):
+            notes.setdefault(note, []).append(here.phase.number)
         tokens, seconds, peak = told["tokens"], told["seconds"], max(peak, told["peak_memory_bytes"] or 0)
     pruning = round(sum(phase["prune_seconds"] for phase in phases), 3)
     settings = task.settings
@@ -122,8 +123,14 @@ def summarise(task: Shrink, plan: dict[str, Any], folders: Sequence[PhaseFolder]
         "eval_loss_start": phases[0]["eval_loss_before_pruning"],
         "eval_loss_end": phases[-1]["eval_loss_end"],
         "phases": phases,
-        "notes": list(dict.fromkeys(notes)),
+        "notes": [_note(note, where, len(phases)) for note, where in notes.items()],
     }
+
+
+def _note(note: str, where: Sequence[int], phases: int) -> str:
+    if len(where) == phases:
+        return note
+    return f"phase{'' if len(where) == 1 else 's'} {', '.join(map(str, where))}: {note}"
 
 
 def rows(summary: dict[str, Any]) -> list[list[str]]:

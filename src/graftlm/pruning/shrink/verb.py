@@ -39,5 +39,7 @@ def shrink(args: argparse.Namespace) -> None:
         dry_run(task)
         return
     from graftlm.pruning.shrink.run import run_shrink
+    from graftlm.reporting.shrinking import write_report
 
     run_shrink(task)
+    print(f"report: {write_report(task.folder)}")

@@ -12,10 +12,12 @@ from graftlm.files import cache_root
 from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.training.data.blocks import BlockDataset, SourceBlocks, evaluation_dataset
 from graftlm.training.data.cache import BlockFile, cache_key, cached_blocks, tokenizer_fingerprint
+from graftlm.training.data.dynamic import DynamicBlocks
 from graftlm.training.data.mixture import mixed_index
 from graftlm.training.data.packing import Block
 from graftlm.training.data.pipeline import HeldOut, HoldOutRule, SourcePipeline, hold_out_score
 from graftlm.training.data.statistics import Counts, DataStatistics, SourceStatistics, left_out, truncation
+from graftlm.training.distributed import world_size
 
 LARGE_SHARE = 0.2
 """A larger share of a source's tokens held back (few, long documents) is worth a note."""
@@ -26,7 +28,7 @@ def prepare_cached(
     pipelines: Sequence[SourcePipeline],
     evaluated: Sequence[SourcePipeline],
     progress: bool,
-) -> tuple[BlockDataset, BlockDataset | None, DataStatistics]:
+) -> tuple[BlockDataset | DynamicBlocks, BlockDataset | None, DataStatistics]:
     """Training data, evaluation data and statistics; builds the cache where it is missing."""
     notes: list[str] = []
     fingerprint = tokenizer_fingerprint(pipelines[0].tokenizer)
@@ -38,10 +40,30 @@ def prepare_cached(
 
     sizes = [source.train_sizes for source in sources]
     index = mixed_index([size[:, 0] for size in sizes], [source.weight for source in config.data], config.seed)
-    train = BlockDataset([source.train for source in sources], index)
+    train: BlockDataset | DynamicBlocks = BlockDataset([source.train for source in sources], index)
+    if config.dynamic_loading.every:
+        train = _dynamic(config, sources, held)
+        notes.append("dynamic_loading: shares are those that it begins with")
     evaluation = evaluation_dataset(held, config.eval_data or config.data, config.eval_max_blocks)
     statistics = _statistics(config, sources, index, evaluation, notes)
     return train, evaluation, statistics
+
+
+def _dynamic(config: RunConfig, sources: Sequence[SourceBlocks], held: Sequence[SourceBlocks]) -> DynamicBlocks:
+    """As many blocks as the run takes. Raises UserError for a source of which nothing is held out."""
+    held_out = []
+    for source, blocks in zip(config.data, held, strict=True):
+        one = evaluation_dataset([blocks], [source], config.dynamic_loading.sequences)
+        if one is None:
+            raise UserError(f"data: {source.path}: nothing of it is held out, as dynamic_loading needs; give eval_data")
+        held_out.append(one)
+    sizes = [source.train_sizes[:, 0] for source in sources]
+    weights = [
+        float(size.sum()) if one.weight is None else one.weight for one, size in zip(config.data, sizes, strict=True)
+    ]
+    step = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
+    blocks_of = [source.train for source in sources]
+    return DynamicBlocks(blocks_of, sizes, weights, config.max_steps * step, config.seed, held_out)
 
 
 def _source_blocks(

@@ -13,6 +13,7 @@ from graftlm.training.config import RunConfig
 from graftlm.training.data.blocks import BlockDataset, evaluation_dataset
 from graftlm.training.data.cache import cache_key, tokenizer_fingerprint
 from graftlm.training.data.collate import Collator
+from graftlm.training.data.dynamic import DynamicBlocks
 from graftlm.training.data.materialise import evaluation_blocks, prepare_cached
 from graftlm.training.data.pipeline import HoldOutRule, SourcePipeline
 from graftlm.training.data.statistics import DataStatistics
@@ -49,7 +50,7 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, progr
     evaluated = [SourcePipeline(source, config, tokenizer) for source in config.eval_data]
     selected = [SourcePipeline(source, config, tokenizer) for source in config.selection_data]
     task = _task(config, [*pipelines, *evaluated, *selected])
-    train: StreamedBlocks | BlockDataset
+    train: StreamedBlocks | BlockDataset | DynamicBlocks
     if config.streaming:
         train, evaluation, statistics = prepare_stream(config, pipelines, evaluated)
     else:
