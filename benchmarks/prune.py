@@ -27,8 +27,8 @@ from graftlm.environment import describe_environment, peak_memory_bytes
 from graftlm.files import write_json
 from graftlm.pruning.base import Batch
 from graftlm.pruning.calibration import TOKENS_A_PASS
-from graftlm.pruning.parts import component_cost
-from graftlm.pruning.prune import count_parameters, prune
+from graftlm.pruning.parts import component_cost, count_parameters
+from graftlm.pruning.prune import prune
 from graftlm.pruning.settings import PruneSettings
 
 PARTS = ("whole", "authors_code", "tokens", "parameters")

@@ -17,13 +17,13 @@ from graftlm.comparing.process import OutOfTime, RunFailed
 from graftlm.comparing.pruning import runner, work
 from graftlm.comparing.pruning.config import PruneCompareConfig, load_prune_comparison
 from graftlm.comparing.pruning.jobs import PruneJob, changed
-from graftlm.comparing.pruning.work import equal_target
 from graftlm.comparing.runner import compare
 from graftlm.errors import UserError
 from graftlm.evaluation.run import run_evaluation
 from graftlm.files import read_json
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_components, prunable_blocks
+from graftlm.pruning.targets import parameters_left
 
 ROOT = Path(__file__).parents[1]
 START = "model: tiny-llama\nperplexity: a.txt\nsparsities: [0.4]\n"
@@ -150,7 +150,7 @@ def test_settings_of_other_methods_are_no_part():
 def test_a_share_is_of_heads_and_channels(family):
     """Half of both, taken out, leaves what half of the share says."""
     model = tiny_model(family)
-    target = equal_target(model, 0.5)
+    target = parameters_left(model, 0.5)
     half = {block.name: torch.arange(block.components // 2) for block in prunable_blocks(model)}
     assert sum(p.numel() for p in keep_components(model, half).parameters()) == target
 

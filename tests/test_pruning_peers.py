@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, batches, tiny_model
 from graftlm.anatomy import linear
 from graftlm.errors import UserError
 from graftlm.pruning.base import Calibration
-from graftlm.pruning.inputs import output_of, watch_inputs
+from graftlm.pruning.inputs import watch_inputs
 from graftlm.pruning.methods.flap import Moments, compensation, fluctuation, input_moments
 from graftlm.pruning.methods.minitron import activation
 from graftlm.pruning.methods.wina import wina
@@ -42,8 +42,7 @@ def seen_inputs(model, data) -> dict[str, list[torch.Tensor]]:
         return lambda _, args: found.setdefault(name, []).append(args[0].detach())
 
     handles = [
-        model.get_submodule(output_of(b).module).register_forward_pre_hook(before(b.name))
-        for b in prunable_blocks(model)
+        model.get_submodule(b.output.module).register_forward_pre_hook(before(b.name)) for b in prunable_blocks(model)
     ]
     for batch in data:
         for ids, mask in zip(
@@ -64,7 +63,7 @@ def test_scores_by_hand(family):
     moments = input_moments(model, blocks, data)
     found_wina, found_minitron = wina(model, blocks, data), activation(model, blocks, data)
     for block in blocks:
-        weight = linear(model, output_of(block).module).weight.detach()
+        weight = linear(model, block.output.module).weight.detach()
         rows = torch.cat(seen[block.name])
         width = block.slots * block.width
         of_columns = rows.abs().mean(0) * weight.norm(dim=0)
@@ -172,7 +171,7 @@ def test_flap_compensation_is_the_mean_of_what_went():
     for block in blocks:
         kept = torch.tensor([0]) if block.kind == "heads" else torch.tensor([1, 5, 6])
         width = block.slots * block.width
-        rows, weight = torch.cat(seen[block.name]).double(), linear(model, output_of(block).module).weight.double()
+        rows, weight = torch.cat(seen[block.name]).double(), linear(model, block.output.module).weight.double()
         by_hand = torch.zeros(32, dtype=torch.float64)
         for component in range(block.components):
             if component not in kept:

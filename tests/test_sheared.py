@@ -10,7 +10,6 @@ from graftlm.anatomy import linear, read_anatomy
 from graftlm.errors import UserError
 from graftlm.masking import masked
 from graftlm.pruning.hard_concrete import LARGEST, Constraint, open_probability, sampled, settled
-from graftlm.pruning.inputs import output_of
 from graftlm.pruning.methods.sheared import _rate, gate_rate, learn_masks, multiply_gates
 from graftlm.pruning.prune import prune
 from graftlm.pruning.settings import PruneSettings
@@ -144,7 +143,7 @@ def test_gates_are_multiplied_into_the_output_projections(family):
         want = model(ids).logits.detach()
     multiply_gates(model, blocks, scores)
     torch.testing.assert_close(model(ids).logits, want)
-    assert all(not linear(model, output_of(b).module).weight[:, : b.slots * b.width].any() for b in blocks)
+    assert all(not linear(model, b.output.module).weight[:, : b.slots * b.width].any() for b in blocks)
 
 
 def test_same_seed_same_model():

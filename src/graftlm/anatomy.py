@@ -115,6 +115,12 @@ class Block:
         return f"layer{self.layer}_{self.kind}"
 
     @property
+    def output(self) -> Matrix:
+        """The projection that returns to the residual stream. Its columns lie component by component:
+        [components, slots * width]."""
+        return next(matrix for matrix in self.mixed if matrix.dim == 1)
+
+    @property
     def slots(self) -> int:
         """Ranked units per component."""
         return self.ranked // self.components

@@ -40,7 +40,7 @@ def output_columns(block: Block, ids: Tensor) -> tuple[Matrix, Tensor]:
     """The output projection of `block` and the columns of its weight that units `ids` [n] feed: int64 [n * width]."""
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < block.ranked:
         raise UserError(f"mask: {block.name} has {block.kind} 0 to {block.ranked - 1}, not {ids.tolist()}")
-    output = next(matrix for matrix in block.mixed if matrix.dim == 1)
+    output = block.output
     return output, (output.offset + ids[:, None] * output.width + torch.arange(output.width)).flatten()
 
 

@@ -42,8 +42,7 @@ def trained_blocks(blocks: Sequence[Block], trains: str) -> list[Block]:
         return [replace(block, followers=()) for block in blocks]
     found = []
     for block in blocks:
-        output = next(matrix for matrix in block.mixed if matrix.dim == 1)
-        alone = replace(output, slots=1)  # a component's slots lie side by side, so each can be one
+        alone = replace(block.output, slots=1)  # a component's slots lie side by side, so each can be one
         found.append(replace(block, components=block.ranked, mixed=(alone,), followers=()))
     return found
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.activations import MODEL_INPUTS
-from graftlm.anatomy import Block, Matrix, linear
+from graftlm.anatomy import Block, linear
 from graftlm.pruning.base import Batch
 
 Seen = Callable[[Block, Tensor, Tensor], None]
@@ -17,15 +17,9 @@ Seen = Callable[[Block, Tensor, Tensor], None]
 (bool [B, S]; the others are padding)."""
 
 
-def output_of(block: Block) -> Matrix:
-    """The projection of `block` that returns to the residual stream. Its columns lie component by component:
-    [components, slots * width]."""
-    return next(matrix for matrix in block.mixed if matrix.dim == 1)
-
-
 def column_norms(model: nn.Module, block: Block) -> Tensor:
     """Squared L2 norm of every column of the block's output projection: float32 or float64 [columns]."""
-    weight = linear(model, output_of(block).module).weight.detach()
+    weight = linear(model, block.output.module).weight.detach()
     return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(0)
 
 
@@ -40,8 +34,7 @@ def watch_inputs(model: nn.Module, blocks: Sequence[Block], batches: Iterable[Ba
         seen(block, inputs.to(torch.promote_types(inputs.dtype, torch.float32)), tokens[-1])
 
     handles = [
-        model.get_submodule(output_of(block).module).register_forward_pre_hook(partial(before, block))
-        for block in blocks
+        model.get_submodule(block.output.module).register_forward_pre_hook(partial(before, block)) for block in blocks
     ]
     was_training = model.training
     model.eval()

@@ -1,21 +1,18 @@
 """What the methods that prune in one step, and not component by component, have in common."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from graftlm.errors import UserError
 from graftlm.pruning.base import Pruned, PruneStep
-from graftlm.pruning.parts import component_cost
-from graftlm.pruning.prune import count_parameters
+from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import LayerShape, per_layer_config_class, shapes_of
-from graftlm.pruning.surgery import prunable_blocks
+from graftlm.pruning.targets import asked_parameters
 
 
 def wanted_parameters(model: PreTrainedModel, settings: PruneSettings) -> int:
@@ -33,15 +30,7 @@ def wanted_parameters(model: PreTrainedModel, settings: PruneSettings) -> int:
             f"prune: {settings.method} always meets the sparsity; exact: false (--as-published) is for methods that "
             "say of every layer how many components it keeps"
         )
-    total = count_parameters(model)
-    if settings.target_parameters is not None:
-        if settings.target_parameters > total:
-            raise UserError(
-                f"prune: target_parameters {settings.target_parameters:,} is above the model's {total:,}; ask for less"
-            )
-        return settings.target_parameters
-    components = sum(block.components * component_cost(model, block) for block in prunable_blocks(model))
-    return total - components + math.floor(components * (1 - Fraction(str(settings.sparsity))))
+    return asked_parameters(model, settings)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,11 @@ def parts(model: nn.Module, block: Block) -> Iterator[Part]:
                 yield Part(f"{matrix.module}.{name}", parameter, matrix)
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Of the whole model, embeddings included; what is tied counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def component_cost(model: nn.Module, block: Block) -> int:
     """Parameters of the model that go with one component of `block`."""
     return sum(part.cost for part in parts(model, block))

@@ -13,6 +13,7 @@ from graftlm.pruning.base import Batch, Calibration, Measure, Pruned, PruneStep
 from graftlm.pruning.layer_importance import LayerWatch
 from graftlm.pruning.layer_sparsity import Allocate, Progress
 from graftlm.pruning.methods import method
+from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import per_layer_config_class, shapes_of
 from graftlm.pruning.surgery import keep_components, prunable_blocks
@@ -97,11 +98,6 @@ def check_finite(scores: Mapping[str, Tensor]) -> None:
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):
             raise UserError(f"prune: importance of {name} is NaN or Inf; the model is broken, or its dtype too narrow")
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Of the whole model, embeddings included; what is tied counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _measured(

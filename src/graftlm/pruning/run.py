@@ -21,6 +21,7 @@ from graftlm.models import check_vocabulary, load_model, load_tokenizer
 from graftlm.progress import step_bar
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.calibration import TextCalibration, calibration_from
+from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import SUMMARY, save_pruned
 from graftlm.pruning.settings import PruneSettings
@@ -99,7 +100,7 @@ def check_out(out: Path) -> None:
 
 def layer_parameters(model: nn.Module) -> list[int]:
     """Parameters of every decoder layer."""
-    return [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)[1]]
+    return [count_parameters(layer) for layer in decoder_layers(model)[1]]
 
 
 def _loss(model: nn.Module, calibration: TextCalibration) -> float | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from graftlm.anatomy import KINDS, Block, Kind
 from graftlm.errors import UserError
-from graftlm.pruning.parts import component_cost
+from graftlm.pruning.parts import component_cost, count_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks
 
@@ -103,20 +103,35 @@ class Target:
         return whole - (whole - self.by_kind[kind]) * iteration // iterations
 
 
+def parameters_left(model: nn.Module, sparsity: float) -> int:
+    """Parameters of the whole model when `sparsity` of those of all heads and channels has gone, rounded down."""
+    components = sum(block.components * component_cost(model, block) for block in prunable_blocks(model))
+    left = math.floor(components * (1 - Fraction(str(sparsity))))  # in decimals, as it was written
+    return count_parameters(model) - components + left
+
+
+def asked_parameters(model: nn.Module, settings: PruneSettings) -> int:
+    """Parameters that the pruned model has at most, whatever it is pruned of.
+
+    Raises UserError for a target above the model.
+    """
+    if settings.target_parameters is None:
+        assert settings.sparsity is not None
+        return parameters_left(model, settings.sparsity)
+    total = count_parameters(model)
+    if settings.target_parameters > total:
+        raise UserError(
+            f"prune: target_parameters {settings.target_parameters:,} is above the model's {total:,}; ask for less"
+        )
+    return settings.target_parameters
+
+
 def find_target(model: nn.Module, settings: PruneSettings, *, uniform: bool) -> Target:
     """What `settings` ask for. Raises UserError for a target above the original and for one that the floors forbid."""
     sizes = sizes_of(model, settings)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = count_parameters(model)
     original = sum(one.parameters(one.counts) for one in sizes)
-    if settings.target_parameters is None:
-        assert settings.sparsity is not None
-        budget = math.floor(original * (1 - Fraction(str(settings.sparsity))))  # in decimals, as it was written
-    else:
-        budget = settings.target_parameters - (total - original)
-        if settings.target_parameters > total:
-            raise UserError(
-                f"prune: target_parameters {settings.target_parameters:,} is above the model's {total:,}; ask for less"
-            )
+    budget = asked_parameters(model, settings) - (total - original)
     least = sum(one.parameters(one.least) for one in sizes)
     if budget < least:
         raise UserError(

@@ -1,18 +1,15 @@
 """The process of one cell (`python -m graftlm.comparing.pruning.work GIVEN.json`): open, prune, save."""
 
 import dataclasses
-import math
 import shutil
 import sys
 import threading
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from graftlm.comparing.pruning.jobs import DONE, MODEL
 from graftlm.environment import describe_environment, peak_memory_bytes
@@ -20,21 +17,14 @@ from graftlm.errors import UserError
 from graftlm.files import read_json, write_json, write_text
 from graftlm.models import load_model, load_tokenizer
 from graftlm.pruning.calibration import calibration_from
-from graftlm.pruning.parts import component_cost
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import save_pruned, summary_of
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shrink.config import load_shrink
 from graftlm.pruning.shrink.run import run_shrink
-from graftlm.pruning.surgery import prunable_blocks
+from graftlm.pruning.targets import parameters_left
 from graftlm.training.config import SourceConfig
 from graftlm.training.control import end_with_parent
-
-
-def equal_target(model: nn.Module, share: float) -> int:
-    """Parameters that are left when `share` of the weights of all heads and channels goes, whatever the method."""
-    prunable = sum(block.components * component_cost(model, block) for block in prunable_blocks(model))
-    return sum(p.numel() for p in model.parameters()) - prunable + math.floor(prunable * (1 - Fraction(str(share))))
 
 
 def work(given: dict[str, Any], folder: Path) -> None:
@@ -47,7 +37,7 @@ def work(given: dict[str, Any], folder: Path) -> None:
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     if given["sparsity_of"] == "parameters" and settings.sparsity is not None:
-        target = equal_target(model, settings.sparsity)
+        target = parameters_left(model, settings.sparsity)
         settings = dataclasses.replace(settings, sparsity=None, target_parameters=target)
     data = tuple(SourceConfig(**source) for source in given["data"])
     pruned = prune(model, settings, calibration_from(tokenizer, settings, data or None))

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from graftlm.anatomy import Block, linear
 from graftlm.importance import by_component
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
-from graftlm.pruning.inputs import column_norms, output_of, watch_inputs
+from graftlm.pruning.inputs import column_norms, watch_inputs
 from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
 from graftlm.pruning.prune import check_finite, strongest
 from graftlm.pruning.ranking import ranked_counts, uniform_counts
@@ -83,7 +83,7 @@ def fluctuation(model: PreTrainedModel, block: Block, moments: Moments) -> Tenso
     deviation = metric.std() if len(metric) > 1 else torch.zeros_like(metric[0])
     standard = torch.where(deviation > 0, (metric - metric.mean()) / deviation, 0)
     columns = block.slots * block.width
-    return (by_component(standard, output_of(block), block.components) / columns).float().cpu()
+    return (by_component(standard, block.output, block.components) / columns).float().cpu()
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def compensation(model: PreTrainedModel, block: Block, moments: Moments, kept: T
     gone = torch.ones(block.components, dtype=torch.bool)
     gone[kept.cpu()] = False
     columns = gone.repeat_interleave(block.slots * block.width).to(moments.mean.device)
-    weight = linear(model, output_of(block).module).weight
+    weight = linear(model, block.output.module).weight
     return weight[:, columns].double() @ moments.mean[columns]
 
 
@@ -134,7 +134,7 @@ def _biases(
 
 def _bias_parameters(model: PreTrainedModel, blocks: Sequence[Block], layers: int) -> int:
     """Parameters that two biases a layer add where there are none yet."""
-    outputs = [linear(model, output_of(block).module) for block in blocks]
+    outputs = [linear(model, block.output.module) for block in blocks]
     return (
         sum(output.out_features for output in outputs if output.bias is None)
         + (2 * layers - len(outputs)) * outputs[0].out_features

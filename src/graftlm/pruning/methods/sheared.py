@@ -29,7 +29,6 @@ from graftlm.errors import UserError
 from graftlm.importance import with_labels
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.hard_concrete import LARGEST, OPEN, Constraint, open_probability, sampled, settled
-from graftlm.pruning.inputs import output_of
 from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
 from graftlm.pruning.parts import component_cost
 from graftlm.pruning.prune import strongest
@@ -86,7 +85,7 @@ def learn_masks(
     optimizer, schedule = _optimizer(model, list(gates.values()), constraints, settings)
     drawn: dict[str, Tensor] = {}
     handles = [
-        model.get_submodule(output_of(block).module).register_forward_pre_hook(partial(_gated, block, drawn))
+        model.get_submodule(block.output.module).register_forward_pre_hook(partial(_gated, block, drawn))
         for block in blocks
     ]
     was_training, losses = model.training, []
@@ -133,7 +132,7 @@ def _expected(gates: Mapping[str, Tensor]) -> dict[str, float]:
 def multiply_gates(model: nn.Module, blocks: Sequence[Block], scores: Mapping[str, Tensor]) -> None:
     """Multiply the columns of the output projections with the gates of their components, in place."""
     for block in blocks:
-        weight = linear(model, output_of(block).module).weight
+        weight = linear(model, block.output.module).weight
         weight.mul_(_by_column(block, settled(scores[block.name])).to(weight))
 
 

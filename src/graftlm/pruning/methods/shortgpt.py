@@ -9,7 +9,6 @@ may take the cosine's place.
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from graftlm.anatomy import decoder_layers
@@ -17,6 +16,7 @@ from graftlm.errors import UserError
 from graftlm.pruning.base import Calibration, Pruned, PruneStep
 from graftlm.pruning.layer_importance import layer_importance
 from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
+from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_layers, prunable_blocks
 
@@ -28,7 +28,7 @@ def prune(
     # Ranked, block influence is the importance of layers of Adapt-Pruner: that is it minus the mean, scaled.
     influence = layer_importance(model, calibration(0), settings.similarity)
     _, layers = decoder_layers(model)
-    sizes = [_parameters(layer) for layer in layers]
+    sizes = [count_parameters(layer) for layer in layers]
     left, stay = before.parameters, set(range(len(sizes)))
     for index in influence.argsort(stable=True).tolist():
         if left <= wanted:
@@ -53,7 +53,3 @@ def prune(
     model = keep_layers(model, ids)
     importance = tuple(influence.tolist())
     return pruned_from(before, model, settings, kept, heard, layer_importance=importance, notes=(note,))
-
-
-def _parameters(layer: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in layer.parameters())

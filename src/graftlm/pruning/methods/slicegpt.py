@@ -24,7 +24,8 @@ from graftlm.anatomy import decoder_layers, linear
 from graftlm.errors import UserError
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
-from graftlm.pruning.prune import check_finite, count_parameters
+from graftlm.pruning.parts import count_parameters
+from graftlm.pruning.prune import check_finite
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.sliced_modeling import FAMILIES, NORMS
 from graftlm.pruning.surgery import prunable_blocks, rebuilt

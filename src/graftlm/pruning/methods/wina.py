@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from graftlm.anatomy import Block
 from graftlm.importance import by_component
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
-from graftlm.pruning.inputs import column_norms, output_of, watch_inputs
+from graftlm.pruning.inputs import column_norms, watch_inputs
 from graftlm.pruning.layer_sparsity import allocation
 from graftlm.pruning.prune import iterate
 from graftlm.pruning.settings import PruneSettings
@@ -34,7 +34,7 @@ def wina(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batc
     scores = {}
     for block in blocks:
         columns = sums[block.name] / tokens[block.name] * column_norms(model, block).sqrt()
-        scores[block.name] = by_component(columns, output_of(block), block.components).float().cpu()
+        scores[block.name] = by_component(columns, block.output, block.components).float().cpu()
     return scores
 
 

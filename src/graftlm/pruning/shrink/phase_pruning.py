@@ -16,6 +16,7 @@ from graftlm.files import atomic_folder, read_json, write_json
 from graftlm.models import load_model, load_skeleton, load_tokenizer
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.calibration import calibration_from
+from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import save_pruned
 from graftlm.pruning.settings import PruneSettings
@@ -69,7 +70,7 @@ def prune_phase(
     loss_before = told["eval_loss_end"] if told else losses.of(model)
     references = losses.by_source(model) if before is None else None
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    original = sum(p.numel() for p in model.parameters())
+    original = count_parameters(model)
     settings = prune_settings(shrink, folder.phase, phases)
     pruned: Pruned | None = None
     set_seed(run.seed + folder.phase.number)
@@ -83,7 +84,7 @@ def prune_phase(
         "phase": folder.phase.number,
         "target_parameters": folder.phase.parameters,
         "parameters_before": original,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count_parameters(model),
         "eval_loss_before_pruning": loss_before,
         "eval_loss_after_pruning": loss_after,
         "reference_losses": references,

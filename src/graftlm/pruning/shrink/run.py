@@ -19,6 +19,7 @@ from graftlm.errors import UserError
 from graftlm.files import locked, plain_disk_errors, read_json, remove_unfinished, write_json, write_text
 from graftlm.models import load_model, load_tokenizer
 from graftlm.pruning.base import PruneStep
+from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.saving import save_pruned
 from graftlm.pruning.shapes import shapes_of
 from graftlm.pruning.shrink.card import shrunk_card
@@ -94,7 +95,7 @@ def plan_phases(task: Shrink) -> dict[str, Any]:
     """What phases.json holds: the phases, and what is known of the original model. Raises UserError for a size that
     the model cannot have."""
     model: Any = load_skeleton(task.run)
-    original = sum(p.numel() for p in model.parameters())
+    original = count_parameters(model)
     found = find_target(model, task.prune, uniform=bool(task.prune.uniform))
     target = task.settings.target_parameters or original - found.original + found.budget
     phases = phases_of(
