@@ -39,9 +39,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/graftlm demo
 
+# The same examples of the property tests each time: a change passes or fails by what it changed.
 test: setup
-	$(TESTS)
+	$(TESTS) --hypothesis-profile=repeatable
 
+# New examples every time.
 test-all: setup
 	$(TESTS) -m "slow or not slow"
 

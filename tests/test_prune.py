@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, batches, tiny_model
 from torch.nn import functional as F
@@ -220,6 +220,15 @@ SHAPES = st.fixed_dictionaries(
     groups=st.integers(0, 1),
     seed=st.integers(0, 99),
 )
+@example(  # nothing remains
+    shape={"hidden_size": 48, "num_hidden_layers": 1, "num_key_value_heads": 1, "intermediate_size": 8},
+    sparsity=0.875,
+    uniform=False,
+    multiple=4,
+    iterations=3,
+    groups=0,
+    seed=0,
+)
 def test_the_target_is_met_within_a_step_and_never_exceeded(
     shape, sparsity, uniform, multiple, iterations, groups, seed
 ):
@@ -262,6 +271,9 @@ def test_the_target_is_met_within_a_step_and_never_exceeded(
         assert pruned.parameters <= wanted
         assert best - pruned.parameters < step
         assert pruned.parameters == count_parameters(pruned.model) == pruned.steps[-1].parameters
+        if not prunable_blocks(pruned.model):
+            with pytest.raises(UserError, match="no heads and no channels left to remove"):
+                prune(pruned.model, PruneSettings(sparsity=0.1), calibration)
         for layer in pruned.shapes:
             assert layer.num_key_value_heads >= groups
             assert layer.intermediate_size % multiple == 0 and layer.intermediate_size >= least

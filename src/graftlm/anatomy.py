@@ -303,7 +303,8 @@ def read_anatomy(model: nn.Module, *, smallest: int = 2) -> Anatomy:
     """Find every block of `model` that can be expanded.
 
     `smallest`: key-value groups that a layer's heads need to count: 2 to choose P and N among them, 1 to prune.
-    Raises UserError when nothing can; `notes` says what cannot, once for each reason.
+    Raises UserError when nothing can; `notes` says what cannot, once for each reason. Only a pruned model that has
+    lost every component has no blocks, where one group would do.
     """
     path, layers = decoder_layers(model)
     attention, feed_forward, notes = _layout(model, layers)
@@ -328,6 +329,7 @@ def read_anatomy(model: nn.Module, *, smallest: int = 2) -> Anatomy:
         else:
             notes.append(_why_no_feed_forward(layer))
     notes = list(dict.fromkeys(notes))
-    if not blocks:
+    pruned = getattr(_text_config(model), "model_type", "").startswith(PER_LAYER)
+    if not blocks and (smallest > 1 or not pruned):
         raise UserError(f"{type(model).__name__} cannot be expanded: {'; '.join(notes)}")
     return Anatomy(tuple(blocks), len(layers), tuple(notes))

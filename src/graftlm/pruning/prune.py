@@ -67,7 +67,10 @@ def iterate(
     steps: list[PruneStep] = []
     for iteration in range(1, iterations + 1):
         started = time.perf_counter()
-        progress = Progress(iteration, iterations, target.sparsity, prunable_blocks(model))
+        blocks = prunable_blocks(model)
+        if not blocks:  # coarse steps may take everything before the last iteration
+            break
+        progress = Progress(iteration, iterations, target.sparsity, blocks)
         scores, sparsities, importance = _measured(
             model, calibration(iteration - 1), progress, settings, measure, allocate
         )

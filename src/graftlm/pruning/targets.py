@@ -129,6 +129,8 @@ def asked_parameters(model: nn.Module, settings: PruneSettings) -> int:
 def find_target(model: nn.Module, settings: PruneSettings, *, uniform: bool) -> Target:
     """What `settings` ask for. Raises UserError for a target above the original and for one that the floors forbid."""
     sizes = sizes_of(model, settings)
+    if not sizes:
+        raise UserError("prune: the model has no heads and no channels left to remove; start from one that has")
     total = count_parameters(model)
     original = sum(one.parameters(one.counts) for one in sizes)
     budget = asked_parameters(model, settings) - (total - original)
