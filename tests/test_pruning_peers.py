@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -310,3 +311,17 @@ def test_bad_targets_are_refused_in_one_line(method, change, says):
     with pytest.raises(UserError, match=says) as refused:
         prune(tiny_model(), PruneSettings(method=method, **change), calibration())
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "slicegpt"])
+def test_widths_that_no_channel_is_removed_for(method):
+    width = tiny_model().config.intermediate_size
+    fits = PruneSettings(method=method, sparsity=0.5, width_multiple=width // 2)
+    assert {shape.intermediate_size for shape in prune(tiny_model(), fits, calibration()).shapes} == {width}
+    with pytest.raises(UserError, match=f"{width} of layer 0 are no multiple of {width - 1}"):
+        prune(tiny_model(), replace(fits, width_multiple=width - 1), calibration())
+
+
+def test_slicegpt_cannot_tell_layers_apart():
+    with pytest.raises(UserError, match="the same from every layer"):
+        prune(tiny_model(), PruneSettings(method="slicegpt", sparsity=0.5, uniform=False), calibration())

@@ -33,6 +33,17 @@ def wanted_parameters(model: PreTrainedModel, settings: PruneSettings) -> int:
     return asked_parameters(model, settings)
 
 
+def check_widths(model: PreTrainedModel, settings: PruneSettings) -> None:
+    """Raise UserError where a method that leaves every layer's channels alone cannot give the widths asked for."""
+    multiple = settings.width_multiple
+    for i, shape in enumerate(shapes_of(model)):
+        if shape.intermediate_size % multiple:
+            raise UserError(
+                f"prune: {settings.method} removes no channels, and the {shape.intermediate_size:,} of layer {i} are no "
+                f"multiple of {multiple} (width_multiple); leave that out, or take another method"
+            )
+
+
 @dataclass(frozen=True)
 class Before:
     """The model that a method is given, as its report needs it."""

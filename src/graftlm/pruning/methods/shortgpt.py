@@ -15,7 +15,7 @@ from graftlm.anatomy import decoder_layers
 from graftlm.errors import UserError
 from graftlm.pruning.base import Calibration, Pruned, PruneStep
 from graftlm.pruning.layer_importance import layer_importance
-from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
+from graftlm.pruning.one_step import Before, check_widths, pruned_from, wanted_parameters
 from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_layers, prunable_blocks
@@ -25,6 +25,7 @@ def prune(
     model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
 ) -> Pruned:
     before, wanted = Before.of(model), wanted_parameters(model, settings)
+    check_widths(model, settings)
     # Ranked, block influence is the importance of layers of Adapt-Pruner: that is it minus the mean, scaled.
     influence = layer_importance(model, calibration(0), settings.similarity)
     _, layers = decoder_layers(model)

@@ -23,7 +23,7 @@ from graftlm.activations import MODEL_INPUTS
 from graftlm.anatomy import decoder_layers, linear
 from graftlm.errors import UserError
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
-from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
+from graftlm.pruning.one_step import Before, check_widths, pruned_from, wanted_parameters
 from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.prune import check_finite
 from graftlm.pruning.settings import PruneSettings
@@ -42,10 +42,14 @@ def prune(
 ) -> Pruned:
     """Slice the hidden size so that the target is met: the widest model that is not above it, rotations included.
 
-    Raises UserError for a family whose norms do not allow it, and for a target that a hidden size of 1 misses.
+    Raises UserError for a family whose norms do not allow it, for a target that a hidden size of 1 misses, and for
+    settings that it cannot follow.
     """
     check_family(model)
+    if settings.uniform is False:
+        raise UserError("prune: slicegpt takes the same from every layer; leave uniform out")
     before, wanted = Before.of(model), wanted_parameters(model, settings)
+    check_widths(model, settings)
     kept = {block.name: torch.arange(block.components) for block in prunable_blocks(model)}
     batches = calibration(0)
     wide = folded(model)
