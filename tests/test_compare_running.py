@@ -21,6 +21,7 @@ from graftlm.comparing import loop, process, runner
 from graftlm.comparing.loop import alone
 from graftlm.comparing.process import OutOfTime, RunFailed, run_record, watch
 from graftlm.comparing.runner import compare
+from graftlm.comparing.tasks import Tasks
 from graftlm.errors import UserError
 from graftlm.training.run import train_one
 
@@ -130,7 +131,7 @@ def test_an_unfinished_run_needs_only_its_rest(monkeypatch, tmp_path):
         ({"tasks": ["arc_eassy"]}, "arc_eassy: no such task .*nearest: arc_easy"),
         ({"tasks": ["arc_easy"], "task_data_dir": "."}, "arc_easy: no data: looked for arc_easy/test.jsonl"),
         ({"tasks": ["arc_easy"], "task_data_dir": "nowhere"}, "task_data_dir: nowhere: no such folder"),
-        ({"tasks": ["humaneval"]}, "humaneval: a comparison runs no programs that models wrote"),
+        ({"tasks": ["humaneval"]}, "humaneval: runs programs that the model wrote.*allow_code_execution: true"),
     ],
 )
 def test_tasks_are_checked_before_anything_is_trained(changes, said, in_this_process, tmp_path, monkeypatch):
@@ -214,7 +215,7 @@ def test_tasks_go_through_graftlm_eval(in_this_process, monkeypatch, tmp_path):
     _, cells = opened(write_comparison(tmp_path, tasks=["arc_easy"], task_limit=4, task_data_dir="D"))
     cell = cells.open()[0]
     config = dataclasses.replace(cell.config, output_dir=str(tmp_path / "run"))
-    tasks = {"asked": ["arc_easy"], "limit": 4, "data_dir": "D"}
+    tasks = Tasks(("arc_easy",), limit=4, data_dir="D", allow_code_execution=True)
     monkeypatch.setattr(process.subprocess, "Popen", popen)
     record = run_record(config, cell.settings, tasks=tasks)
     assert record["tasks"]["results"]["arc_easy"]["acc"] == 0.25
@@ -222,6 +223,7 @@ def test_tasks_go_through_graftlm_eval(in_this_process, monkeypatch, tmp_path):
     words = asked[0][3:]
     assert words[:2] == ["eval", str(tmp_path / "run" / "model")]
     assert words[words.index("--tasks") + 1] == "arc_easy" and words[words.index("--limit") + 1] == "4"
+    assert words[words.index("--data-dir") + 1] == "D" and "--allow-code-execution" in words
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, tiny_model
 from tiny_prune_comparisons import opened, quiet, write_comparison
 from tiny_runs import write_texts
 
-from graftlm import config_docs
+from graftlm import cli, config_docs
 from graftlm.comparing.loop import alone
 from graftlm.comparing.process import OutOfTime, RunFailed
 from graftlm.comparing.pruning import runner, work
@@ -39,9 +39,8 @@ def in_this_process(monkeypatch):
         work.work(read_json(given), given.parent)
 
     def evaluate(model, out, options, log, seconds, say):
-        asked = {name: value for name, value in options if value is not None}
-        texts = [text for name, text in options if name == "--perplexity"]
-        return run_evaluation(model, out, perplexity=texts, max_length=asked["--max-length"], progress=False)
+        asked = cli.parse(["eval", model, *options, "--out", str(out)])
+        return run_evaluation(model, out, perplexity=asked.perplexity, max_length=asked.max_length, progress=False)
 
     monkeypatch.setattr(runner, "_work", do)
     monkeypatch.setattr(runner, "evaluate", evaluate)

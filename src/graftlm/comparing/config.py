@@ -54,6 +54,8 @@ class CompareConfig:
     """Questions a task; None: all."""
     task_data_dir: str | None = None
     """Folder with the tasks' data (graftlm eval --data-dir); None: from the Hub."""
+    allow_code_execution: bool = False
+    """Let humaneval run, contained, programs that the models wrote."""
     output_dir: str = "runs/compare"
     """Run folders, tables, plots and report."""
     results: str | None = None

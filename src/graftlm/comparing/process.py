@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.comparing.results import Record, record_of
+from graftlm.comparing.tasks import Tasks
 from graftlm.configuring import dump_yaml
 from graftlm.errors import UserError
 from graftlm.files import read_json, write_json, write_text
@@ -39,14 +40,14 @@ def run_record(
     config: RunConfig,
     settings: Mapping[str, Any],
     *,
-    tasks: Mapping[str, Any] | None = None,
+    tasks: Tasks | None = None,
     seconds_left: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Record:
     """Train `config` in its output_dir, go on there, or take it as finished; evaluate it; return what is kept of it.
 
-    tasks: asked (names), limit and data_dir; None evaluates nothing. seconds_left:
-    after these the process is interrupted. say: gets every line that the processes write to stderr.
+    tasks: None evaluates nothing. seconds_left: after these the process is interrupted. say: gets every line that the
+    processes write to stderr.
 
     Raises RunFailed, OutOfTime, and UserError for a folder that cannot be written.
     """
@@ -95,29 +96,22 @@ def _train(config: RunConfig, log: Path, seconds: float | None, say: Callable[[s
 
 
 def _evaluate(
-    folder: Path, tasks: Mapping[str, Any], log: Path, seconds: float | None, say: Callable[[str], None]
+    folder: Path, tasks: Tasks, log: Path, seconds: float | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    report = evaluate(str(folder / "model"), folder / "tasks.json", task_options(tasks), log, seconds, say)
-    return {"asked": list(tasks["asked"]), "limit": tasks["limit"], "results": report["results"]}
-
-
-def task_options(tasks: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Options of `graftlm eval` for tasks: asked (names), limit and data_dir."""
-    names = [("--tasks", ",".join(tasks["asked"]))] if tasks["asked"] else []
-    return [*names, ("--limit", tasks["limit"]), ("--data-dir", tasks["data_dir"])]
+    report = evaluate(str(folder / "model"), folder / "tasks.json", tasks.options(), log, seconds, say)
+    return {"asked": list(tasks.asked), "limit": tasks.limit, "results": report["results"]}
 
 
 def evaluate(
     model: str,
     out: Path,
-    options: Sequence[tuple[str, Any]],
+    options: Sequence[str],
     log: Path,
     seconds: float | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """`graftlm eval model` in a process of its own: what it wrote to `out`. Options that are None are left out."""
-    given = [word for name, value in options if value is not None for word in (name, str(value))]
-    command = [sys.executable, "-m", "graftlm", "eval", model, *given, "--out", str(out)]
+    """`graftlm eval model` with the words `options`, in a process of its own: what it wrote to `out`."""
+    command = [sys.executable, "-m", "graftlm", "eval", model, *options, "--out", str(out)]
     watch(subprocess.Popen(command, **STREAMS), log, seconds, say)
     report: dict[str, Any] = read_json(out)
     return report

