@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from graftlm.anatomy import read_anatomy
 from graftlm.errors import UserError
+from graftlm.held_out import mean_loss
 from graftlm.methods import make_method
 from graftlm.methods.adapter_settings import LoraSettings
 from graftlm.methods.adapters import targets
@@ -33,7 +34,6 @@ from graftlm.models import load_model, load_tokenizer
 from graftlm.training import run
 from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.training.data import prepare_data
-from graftlm.training.held_out import mean_loss
 from graftlm.training.run import train_one
 
 # -- against PEFT -----------------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def test_plan(tmp_path):
     console = quiet()
     summary = compare(write_comparison(tmp_path, seeds=[0, 1]), dry_run=True, console=console)
     assert summary["open"] == 5 and "adapt at 40%, seed 1" in console.file.getvalue()
-    assert "2 seeds are too few" in console.file.getvalue()
+    assert "too few seeds for an interval (2)" in console.file.getvalue()
     assert not (tmp_path / "out").exists()
 
 

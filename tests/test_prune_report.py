@@ -12,6 +12,7 @@ from graftlm.anatomy import read_anatomy
 from graftlm.assess import assess
 from graftlm.errors import UserError
 from graftlm.files import read_json
+from graftlm.held_out import mean_loss
 from graftlm.pruning.run import run_prune
 from graftlm.pruning.sensitivity import UNIFORM, layer_sensitivity, least_important
 from graftlm.pruning.settings import PruneSettings
@@ -20,7 +21,6 @@ from graftlm.pruning.taylor import taylor
 from graftlm.reporting.layers import plot_iterations, plot_layers, plot_sensitivity, plot_shares, widths
 from graftlm.reporting.pruning import component_costs, write_report
 from graftlm.training.config import SourceConfig
-from graftlm.training.held_out import mean_loss
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ from graftlm.anatomy import linear, read_anatomy
 from graftlm.apex import Apex
 from graftlm.apex_config import ApexConfig
 from graftlm.errors import UserError
-from graftlm.splitting import mean_loss, split
+from graftlm.held_out import mean_loss
+from graftlm.importance import with_labels
+from graftlm.splitting import split
 
 BATCH = batches(1)[0]
 
@@ -164,7 +166,8 @@ def test_mean_loss_leaves_padding_out():
     padded = torch.cat([ids, torch.zeros_like(ids[:, :3])], 1)
     mask = (padded != 0).long()
     expected = float(model(input_ids=ids, labels=ids).loss.detach())
-    assert mean_loss(model, [{"input_ids": padded, "attention_mask": mask}]) == pytest.approx(expected, rel=1e-5)
+    batch = with_labels({"input_ids": padded, "attention_mask": mask})
+    assert mean_loss(model, [batch]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [{"trains": "half"}, {"assessment": "random"}])

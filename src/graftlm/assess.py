@@ -26,6 +26,7 @@ from graftlm.apex_config import ApexConfig
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import atomic_path, write_json
+from graftlm.held_out import mean_loss
 from graftlm.masking import masked
 from graftlm.models import check_vocabulary, load_model, load_tokenizer
 from graftlm.pruning.sensitivity import layer_sensitivity
@@ -35,7 +36,6 @@ from graftlm.reporting.spaces import mean_by_role, plot_spaces
 from graftlm.subspaces import read_subspaces
 from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.training.data import PreparedData, prepare_data
-from graftlm.training.held_out import mean_loss
 
 LOGITS_A_PASS = 2**27
 """Logits of one forward pass at most: 512 MiB in float32. One sequence may have more."""

@@ -4,18 +4,17 @@ N takes a copy of P, and P's part of the output is divided between the two: the 
 what N contributed before, which is let go. Both then learn apart. The zero start (section 3.2) changes nothing at all.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from graftlm.advantage import Choice
 from graftlm.anatomy import Anatomy, Block, Matrix, linear
-from graftlm.fused_loss import IGNORED
+from graftlm.held_out import mean_loss
+from graftlm.importance import with_labels
 from graftlm.panels import Place
-from graftlm.sharding import summed
 
 Batch = Mapping[str, Tensor]
 MEASURED_BATCHES = 4
@@ -94,13 +93,13 @@ class Splitter:
         stage: int,
     ) -> None:
         """Split all blocks of a kind, then those of the other, each by its choice and generator."""
-        before = mean_loss(self._model, self._batches)
+        before = self._loss()
         for kind in self._anatomy.kinds:
             blocks = list(self._anatomy.of_kind(kind))
             kept = [self._remember(block, choices[block.name], optimizer) for block in blocks]
             for block in blocks:
                 split(self._model, block, choices[block.name], generators[block.name], optimizer)
-            after = mean_loss(self._model, self._batches)
+            after = self._loss()
             accepted = after - before <= self._tolerance
             self.notes.append(
                 f"stage {stage + 1}: splitting {kind} changed the loss by {after - before:+.4f} nats"
@@ -125,6 +124,10 @@ class Splitter:
                     found += [(place, tensor, place.take(tensor)) for place in _places(layer, matrix, choice)]
         return found
 
+    def _loss(self) -> float:
+        """On the first batches, over all of their tokens where none is supervised."""
+        return mean_loss(self._model, [with_labels(batch) for batch in self._batches])
+
     def state(self) -> dict[str, Tensor]:
         return {f"{i}.{key}": value for i, batch in enumerate(self._batches) for key, value in batch.items()}
 
@@ -134,23 +137,3 @@ class Splitter:
             number, _, key = name.partition(".")
             batches.setdefault(int(number), {})[key] = value
         self._batches = [batches[i] for i in sorted(batches)]
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Mean next-token loss in nats over all tokens of `batches`, of all processes; padding does not count."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for batch in batches:
-        inputs = {key: value.to(device) for key, value in batch.items()}
-        targets = inputs["input_ids"][:, 1:]
-        if "attention_mask" in inputs:
-            targets = targets.masked_fill(inputs["attention_mask"][:, 1:] == 0, IGNORED)
-        logits = model(**inputs, use_cache=False).logits[:, :-1].float()  # [B, S - 1, V]
-        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum").cpu()
-        count += (targets != IGNORED).sum().cpu()
-    model.train(training)
-    found = summed({"total": total, "count": count}, device)
-    return float(found["total"] / found["count"])

@@ -17,6 +17,7 @@ from torch import nn
 from graftlm.anatomy import decoder_layers
 from graftlm.errors import UserError
 from graftlm.files import remove_unfinished
+from graftlm.held_out import mean_loss
 from graftlm.models import check_vocabulary, load_model, load_tokenizer
 from graftlm.progress import step_bar
 from graftlm.pruning.base import Pruned, PruneStep
@@ -27,7 +28,6 @@ from graftlm.pruning.saving import SUMMARY, save_pruned
 from graftlm.pruning.settings import PruneSettings
 from graftlm.reporting.pruning import write_report
 from graftlm.training.config import SourceConfig
-from graftlm.training.held_out import mean_loss
 
 ROWS = 8
 """Of the table of layers."""

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from graftlm.anatomy import Anatomy, Block, read_anatomy
+from graftlm.held_out import mean_loss
 from graftlm.masking import masked
 from graftlm.pruning.base import Batch
 from graftlm.pruning.taylor import taylor
-from graftlm.training.held_out import mean_loss
 
 UNIFORM = (0.1, 0.2)
 """Shares that go from all layers at once, to compare with."""

@@ -16,6 +16,7 @@ from transformers import PrinterCallback
 from graftlm.activations import count_tokens
 from graftlm.apex import Apex
 from graftlm.errors import AgreedError, UserError
+from graftlm.held_out import mean_loss
 from graftlm.methods.base import Method
 from graftlm.methods.sparse_settings import ReweightingSettings
 from graftlm.models import quiet_transformers
@@ -37,7 +38,6 @@ from graftlm.training.config import DynamicLoadingConfig
 from graftlm.training.data.dynamic import DynamicBlocks
 from graftlm.training.distributed import every, is_main, world_size
 from graftlm.training.dynamic_loading import DynamicLoading
-from graftlm.training.held_out import mean_loss
 from graftlm.training.metrics import Display, MetricsLog
 from graftlm.training.phases import begins_phase, load_phase_start
 from graftlm.training.recording import Recording

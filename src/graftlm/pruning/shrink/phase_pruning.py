@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from graftlm.errors import UserError
 from graftlm.files import atomic_folder, read_json, write_json
+from graftlm.held_out import mean_loss
 from graftlm.models import load_model, load_skeleton, load_tokenizer
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.calibration import calibration_from
@@ -28,7 +29,6 @@ from graftlm.pruning.surgery import kept_slices
 from graftlm.training.checkpoints import list_checkpoints
 from graftlm.training.data import prepare_data
 from graftlm.training.data.dynamic import DynamicBlocks
-from graftlm.training.held_out import mean_loss
 from graftlm.training.layout import run_device
 from graftlm.training.phases import write_phase_start
 
