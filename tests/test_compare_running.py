@@ -226,6 +226,16 @@ def test_tasks_go_through_graftlm_eval(in_this_process, monkeypatch, tmp_path):
     assert words[words.index("--data-dir") + 1] == "D" and "--allow-code-execution" in words
 
 
+def test_an_evaluation_ends_with_the_comparison(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    out = tmp_path / "out.json"
+    words = ["eval", "tiny-llama", "--perplexity", str(tmp_path / "a.txt"), "--out", str(out)]
+    command = [sys.executable, "-m", "graftlm.comparing.evaluating", *words]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    process.stdin.close()  # as when the comparison is killed with -9
+    assert process.wait(300) == 1 and not out.exists()
+
+
 @pytest.mark.slow
 def test_killed_anywhere_it_goes_on(tmp_path):
     """graftlm compare, killed with -9 while a cell trains: its process ends too, and the next call goes on from the

@@ -110,9 +110,9 @@ def evaluate(
     seconds: float | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """`graftlm eval model` with the words `options`, in a process of its own: what it wrote to `out`."""
-    command = [sys.executable, "-m", "graftlm", "eval", model, *options, "--out", str(out)]
-    watch(subprocess.Popen(command, **STREAMS), log, seconds, say)
+    """`graftlm eval model` with the words `options`, in a process that ends with this one: what it wrote to `out`."""
+    command = [sys.executable, "-m", "graftlm.comparing.evaluating", "eval", model, *options, "--out", str(out)]
+    watch(subprocess.Popen(command, stdin=subprocess.PIPE, **STREAMS), log, seconds, say)
     report: dict[str, Any] = read_json(out)
     return report
 
