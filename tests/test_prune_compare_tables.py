@@ -1,17 +1,19 @@
-"""What a comparison of ways of pruning shows: paired differences, tables, notes."""
+"""What a comparison of ways of pruning shows: paired ratios, tables, notes."""
 
 import csv
 import io
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
+import scipy.stats
 from tiny_comparisons import ENVIRONMENT
 from tiny_prune_comparisons import opened, write_comparison
 
 from graftlm.comparing.pruning.cells import PruneCells
-from graftlm.comparing.pruning.summary import summarise
+from graftlm.comparing.pruning.summary import paired_ratios, summarise
 from graftlm.comparing.pruning.tables import csv_text, tables
 from graftlm.comparing.results import Results
 from graftlm.comparing.tables import latex_of
@@ -53,10 +55,16 @@ def test_differences_are_paired_by_trial(tmp_path):
 
     summary = finished(path, word)
     found = summary["rows"][0]["perplexity"]["held_out.txt"]
-    assert found["difference"]["by_seed"] == {"0": -5.0, "1": -6.0, "2": -7.0} and found["lower_in"] == 3
-    assert found["difference"]["shown"] == "lower" and found["word"]["mean"] == pytest.approx(34)
-    assert found["difference"]["bootstrap_interval"] == pytest.approx((-7, -5))
-    assert summary["rows"][1]["perplexity"]["held_out.txt"]["difference"] is None
+    ratio, ratios = found["ratio"], [25 / 30, 34 / 40, 43 / 50]
+    assert list(ratio["by_seed"].values()) == ratios and found["lower_in"] == 3
+    assert ratio["shown"] == "lower" and found["word"]["mean"] == pytest.approx(34)
+    assert ratio["mean"] == pytest.approx(statistics.geometric_mean(ratios))
+    logs = [math.log(one) for one in ratios]
+    half = scipy.stats.t.ppf(0.975, 2) * statistics.stdev(logs) / math.sqrt(3)
+    middle = statistics.mean(logs)
+    assert ratio["t_interval"] == pytest.approx([math.exp(middle - half), math.exp(middle + half)])
+    assert ratio["bootstrap_interval"] == pytest.approx([ratios[0], ratios[2]])
+    assert summary["rows"][1]["perplexity"]["held_out.txt"]["ratio"] is None
     assert summary["rows"][0]["gone"]["mean"] == pytest.approx(0.25)
     assert summary["rows"][0]["components_gone"]["channels"]["mean"] == 0.5
     shown = tables(summary)
@@ -65,15 +73,24 @@ def test_differences_are_paired_by_trial(tmp_path):
     assert shown[1].rows[0][3] == "−10" and "3 of 3" in shown[0].rows[1]
     assert "uniform (control)" in latex_of(shown) and "20 words" in shown[0].note
     rows = list(csv.DictReader(io.StringIO(csv_text(summary))))
-    assert len(rows) == 12 and float(rows[0]["minus_control held_out.txt"]) == -5
+    assert len(rows) == 12 and float(rows[0]["times_control held_out.txt"]) == 25 / 30
     assert rows[3]["control"] == "yes" and rows[0]["piqa"] == "0.5"
 
 
 def test_two_trials_have_no_interval(tmp_path):
     summary = finished(write_comparison(tmp_path, seeds=[0, 1]), lambda cell: 30.0 + len(cell.arm))
-    gap = summary["rows"][0]["perplexity"]["held_out.txt"]["difference"]
-    assert gap["t_interval"] is None and gap["bootstrap_interval"] is None and gap["shown"] == "too few seeds"
+    ratio = summary["rows"][0]["perplexity"]["held_out.txt"]["ratio"]
+    assert ratio["t_interval"] is None and ratio["bootstrap_interval"] is None and ratio["shown"] == "too few seeds"
     assert any("too few for an interval" in note for note in summary["notes"])
+
+
+def test_ratios_of_broken_models():
+    """Perplexities that differ by orders of magnitude between trials: their ratio is still told from 1."""
+    own, other = {0: 7.7e4, 1: 8.6e4, 2: 3.1e4}, {0: 2.8e6, 1: 1.1e6, 2: 1.2e6}
+    found = paired_ratios(own, other)
+    assert found["shown"] == "lower" and found["mean"] < found["t_interval"][1] < 1
+    assert paired_ratios({0: 1.0, 1: 1e300, 2: 1e-300}, {0: 1.0, 1: 1e-300, 2: 1e300})["shown"] == "no difference shown"
+    assert paired_ratios({0: 1.0}, {1: 1.0}) is None
 
 
 def test_what_is_beyond_a_double_is_said(tmp_path):

@@ -137,7 +137,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     arms = [*controls, *(dataclasses.replace(arm, matched=matched[arm.name]) for arm in variants)]
     notes = []
     if len(settings.seeds) < 3:
-        notes.append(f"too few seeds for an interval ({len(settings.seeds)}): none is given (at least 3)")
+        notes.append(f"seeds {list(settings.seeds)}: too few for an interval, so none is given (at least 3)")
     if base.selection_data == () and any(len(arm.learning_rates) > 1 for arm in arms):
         arms = [dataclasses.replace(arm, config=_halved(arm.config)) for arm in arms]
         notes.append("learning rates are chosen on one half of eval_data's documents, and the other half is reported")

@@ -186,7 +186,7 @@ def load_prune_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Pr
         arms.append(PruneArm(name, tuple((size, job(base, node, size, settings)) for size in sizes)))
     notes = []
     if len(settings.seeds) < FEWEST:
-        notes.append(f"too few seeds for an interval ({len(settings.seeds)}): none is given (at least {FEWEST})")
+        notes.append(f"seeds {list(settings.seeds)}: too few for an interval, so none is given (at least {FEWEST})")
     if not settings.data:
         notes.append("importance was measured on the text that graftlm demo trains on: Python's own source files")
     control = settings.control or next((arm.name for arm in arms if arm.method == BASELINE), arms[0].name)

@@ -15,7 +15,7 @@ def write_outputs(folder: Path, summary: dict[str, Any]) -> list[Path]:
     variants = len({row["name"] for row in summary["rows"]})
     intro = (
         f"{variants} ways of pruning, trials {', '.join(map(str, summary['seeds']))}; variants of one trial draw the "
-        f"same calibration sequences. Differences are against {summary['control']}."
+        f"same calibration sequences. Ratios are to {summary['control']}."
     )
     return write_files(folder, summary, headline(summary), intro, tables(summary), csv_text(summary), plots)
 
@@ -23,10 +23,10 @@ def write_outputs(folder: Path, summary: dict[str, Any]) -> list[Path]:
 def headline(summary: dict[str, Any]) -> str:
     """One sentence that claims no more than what was measured, on the first variant that has a control beside it."""
     text = summary["texts"][0]
-    row = next((one for one in summary["rows"] if one["perplexity"][text]["difference"]), None)
+    row = next((one for one in summary["rows"] if one["perplexity"][text]["ratio"]), None)
     if row is None:
         return "Comparison: no variant and its control have both been run yet"
-    gap, found = row["perplexity"][text]["difference"], row["perplexity"][text]
+    ratio, found = row["perplexity"][text]["ratio"], row["perplexity"][text]
     said = f"{row['name']} at {row['size']}: word perplexity {perplexity(found['word']['mean'])}, lower than "
-    said += f"{summary['control']}'s in {found['lower_in']} of {gap['n']} trials"
-    return said + (" (too few for an interval)" if gap["t_interval"] is None else f" ({gap['shown']})")
+    said += f"{summary['control']}'s in {found['lower_in']} of {ratio['n']} trials"
+    return said + (" (too few for an interval)" if ratio["t_interval"] is None else f" ({ratio['shown']})")

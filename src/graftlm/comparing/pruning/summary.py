@@ -1,7 +1,9 @@
 """From finished cells to what a comparison of ways of pruning shows: comparison.json."""
 
 import datetime
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +71,12 @@ def _row(
             for some in (own, other)
         )
         tokens = {seed: record["perplexity"][text]["token_perplexity"] for seed, record in own.items()}
-        gaps = paired_differences(mine, theirs)
+        ratio = paired_ratios(mine, theirs)
         perplexity[text] = {
             "word": mean_by_seed(mine),
             "token": mean_by_seed(tokens),
-            "difference": gaps,
-            "lower_in": sum(gap < 0 for gap in gaps["by_seed"].values()) if gaps else None,
+            "ratio": ratio,
+            "lower_in": sum(one < 1 for one in ratio["by_seed"].values()) if ratio else None,
         }
         if len(mine) < len(own):
             notes.append(f"{arm.name} at {size.label}: word perplexity on {text} is beyond a double in some trials")
@@ -94,6 +96,31 @@ def _row(
         "shapes": shapes,
         "tasks": task_scores(own, other),
     }
+
+
+def paired_ratios(own: Mapping[int, float], other: Mapping[int, float]) -> dict[str, Any] | None:
+    """own / other over the seeds that both have, as summary.paired_differences: the mean is geometric, and its
+    intervals are those of the difference of logarithms (of nats a word, where these are word perplexities), because
+    perplexities of broken models lie orders of magnitude apart."""
+    logs = paired_differences(*({seed: math.log(value) for seed, value in some.items()} for some in (own, other)))
+    if logs is None:
+        return None
+
+    def raised(ends: Sequence[float] | None) -> list[float] | None:
+        return None if ends is None else [_exp(end) for end in ends]
+
+    return {
+        **logs,
+        "mean": _exp(logs["mean"]),
+        "t_interval": raised(logs["t_interval"]),
+        "bootstrap_interval": raised(logs["bootstrap_interval"]),
+        "by_seed": {seed: own[int(seed)] / other[int(seed)] for seed in logs["by_seed"]},
+    }
+
+
+def _exp(value: float) -> float:
+    """As large as a double can be, where e^value is more."""
+    return math.exp(min(value, math.log(sys.float_info.max)))
 
 
 def _off_target(title: str, record: Record) -> list[str]:

@@ -23,12 +23,10 @@ def tables(summary: dict[str, Any]) -> list[Table]:
 
 
 def perplexity(value: Any) -> str:
-    return _plain(value) if figures.is_number(value) else figures.MISSING
-
-
-def _plain(value: float, sign: str = "") -> str:
     """`33.75`, and `2.8e+17` where the digits would say nothing."""
-    return f"{value:{sign},.2f}" if abs(value) < 1e6 else f"{value:{sign}.3g}"
+    if not figures.is_number(value):
+        return figures.MISSING
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
 
 
 def _spread(found: Any) -> str:
@@ -38,17 +36,20 @@ def _spread(found: Any) -> str:
     return perplexity(found["mean"]) + (f" ± {perplexity(found['sd'])}" if found["sd"] is not None else "")
 
 
-def _gap(value: Any) -> str:
-    return _plain(value, "+").replace("-", "−") if figures.is_number(value) else ""
+def _times(value: Any) -> str:
+    """`0.231`, `1,240`, and `2.8e+17` where the digits would say nothing."""
+    if not figures.is_number(value):
+        return ""
+    return f"{value:,.0f}" if 1e3 <= value < 1e6 else f"{value:.3g}"
 
 
 def _between(ends: Sequence[float] | None) -> str:
-    return f"{_gap(ends[0])} to {_gap(ends[1])}" if ends else figures.MISSING
+    return f"{_times(ends[0])} to {_times(ends[1])}" if ends else figures.MISSING
 
 
 def _perplexity(summary: dict[str, Any], text: str) -> Table:
     header = (
-        *("size", "variant", "parameters", "trials", "word perplexity", "token perplexity", "minus control"),
+        *("size", "variant", "parameters", "trials", "word perplexity", "token perplexity", "times control"),
         *("95% interval (t)", "95% interval (bootstrap)", "lower in", "shown"),
     )
     rows = []
@@ -57,7 +58,7 @@ def _perplexity(summary: dict[str, Any], text: str) -> Table:
         before = (perplexity(found["word_perplexity"]), perplexity(found["token_perplexity"]))
         rows.append(("", "original", figures.count(summary["original_parameters"]), "1", *before, "", "", "", "", ""))
     for row in summary["rows"]:
-        found, gap = row["perplexity"][text], row["perplexity"][text]["difference"] or {}
+        found, ratio = row["perplexity"][text], row["perplexity"][text]["ratio"] or {}
         rows.append(
             (
                 row["size"],
@@ -66,17 +67,17 @@ def _perplexity(summary: dict[str, Any], text: str) -> Table:
                 str(len(row["parameters"]["by_seed"])) if row["parameters"] else "0",
                 _spread(found["word"]),
                 _spread(found["token"]),
-                _gap(gap.get("mean")),
-                _between(gap.get("t_interval")) if gap else "",
-                _between(gap.get("bootstrap_interval")) if gap else "",
-                f"{found['lower_in']} of {gap['n']}" if gap else "",
-                gap.get("shown", ""),
+                _times(ratio.get("mean")),
+                _between(ratio.get("t_interval")) if ratio else "",
+                _between(ratio.get("bootstrap_interval")) if ratio else "",
+                f"{found['lower_in']} of {ratio['n']}" if ratio else "",
+                ratio.get("shown", ""),
             )
         )
     note = (
-        f"{summary['measured']}. Means and standard deviations over trials; lower is better. Differences of word "
-        "perplexity to the control at the same size, paired by seed. Claims rest on the t interval: the bootstrap's is "
-        "too narrow for few trials."
+        f"{summary['measured']}. Means and standard deviations over trials; lower is better. Times control: "
+        "word perplexity over that of the control of the same size and seed, geometric mean; intervals are those of "
+        "the difference in nats a word. Claims rest on the t interval: the bootstrap's is too narrow for few trials."
     )
     return Table(f"Perplexity on {text}", header, tuple(rows), note)
 
@@ -144,15 +145,15 @@ def csv_text(summary: dict[str, Any]) -> str:
     texts = [(text, kind) for text in summary["texts"] for kind in ("word", "token")]
     names = list(dict.fromkeys(name for row in summary["rows"] for name in row["tasks"]))
     header = ["size", "variant", "method", "control", "seed", *keys]
-    header += [f"{kind}_perplexity {text}" for text, kind in texts] + [f"minus_control {t}" for t in summary["texts"]]
+    header += [f"{kind}_perplexity {text}" for text, kind in texts] + [f"times_control {t}" for t in summary["texts"]]
     writer.writerow([*header, *names])
     for row in summary["rows"]:
         for seed in (row["parameters"] or {"by_seed": {}})["by_seed"]:
             values = [(row[key] or {"by_seed": {}})["by_seed"].get(seed, "") for key in keys]
             found = [row["perplexity"][text][kind] or {"by_seed": {}} for text, kind in texts]
-            gaps = [row["perplexity"][text]["difference"] or {"by_seed": {}} for text in summary["texts"]]
+            ratios = [row["perplexity"][text]["ratio"] or {"by_seed": {}} for text in summary["texts"]]
             scores = [row["tasks"].get(name, {}) for name in names]
-            measured = [one.get("by_seed", {}).get(seed, "") for one in (*found, *gaps, *scores)]
+            measured = [one.get("by_seed", {}).get(seed, "") for one in (*found, *ratios, *scores)]
             control = "yes" if row["control"] else ""
             writer.writerow([row["size"], row["name"], row["method"], control, seed, *values, *measured])
     return stream.getvalue()
