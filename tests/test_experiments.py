@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 COMPARED = sorted(path for path in FOLDER.glob("*/config.yaml") if "variants:" in path.read_text())
 PRUNING = [path for path in COMPARED if {"prune", "shrink"} & set(yaml.safe_load(path.read_text()))]
 COMPARISONS = [path for path in COMPARED if path not in PRUNING]
-RUNS = sorted(set(FOLDER.glob("*/config.yaml")) - set(COMPARED))
+RUNS = sorted(set(FOLDER.glob("*/*.yaml")) - set(COMPARED))
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.parent.name)
@@ -71,5 +71,5 @@ def test_shared_results_have_one_start():
         base["apex"] = {}  # the control has no use for it
         if path.parent.name != "table1":  # at learning rates of its own, chosen on halves of the data
             bases.setdefault((content["results"], str(base["data"])), []).append(base)
-    assert len(bases) == 3
+    assert len(bases) == 5
     assert all(base == group[0] for group in bases.values() for base in group)
