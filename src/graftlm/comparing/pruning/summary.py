@@ -16,6 +16,8 @@ from graftlm.reporting import figures
 FORMAT = 1
 SAME_SIZE = 0.005
 """Of the original's parameters, by which a model may be below its target without a note."""
+MOST = sys.float_info.max
+"""In the place of a ratio that is more: JSON has no infinity."""
 AVERAGED = ("parameters", "target_parameters", "seconds", "peak_memory_bytes", "tokens")
 
 
@@ -114,13 +116,12 @@ def paired_ratios(own: Mapping[int, float], other: Mapping[int, float]) -> dict[
         "mean": _exp(logs["mean"]),
         "t_interval": raised(logs["t_interval"]),
         "bootstrap_interval": raised(logs["bootstrap_interval"]),
-        "by_seed": {seed: own[int(seed)] / other[int(seed)] for seed in logs["by_seed"]},
+        "by_seed": {seed: min(own[int(seed)] / other[int(seed)], MOST) for seed in logs["by_seed"]},
     }
 
 
 def _exp(value: float) -> float:
-    """As large as a double can be, where e^value is more."""
-    return math.exp(min(value, math.log(sys.float_info.max)))
+    return math.exp(value) if value < math.log(MOST) else MOST
 
 
 def _off_target(title: str, record: Record) -> list[str]:
