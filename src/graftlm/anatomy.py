@@ -195,6 +195,11 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def is_per_layer(config: Any) -> bool:
+    """Whether a config is of a class whose layers may differ (pruning/per_layer_modeling.py)."""
+    return str(getattr(config, "model_type", "")).startswith(PER_LAYER)
+
+
 def model_family(model: nn.Module) -> str:
     """Model type of the stock family that `model` is of, also where it was pruned; empty where it has none."""
     return getattr(_text_config(model), "model_type", "").removeprefix(PER_LAYER)
@@ -329,7 +334,6 @@ def read_anatomy(model: nn.Module, *, smallest: int = 2) -> Anatomy:
         else:
             notes.append(_why_no_feed_forward(layer))
     notes = list(dict.fromkeys(notes))
-    pruned = getattr(_text_config(model), "model_type", "").startswith(PER_LAYER)
-    if not blocks and (smallest > 1 or not pruned):
+    if not blocks and (smallest > 1 or not is_per_layer(_text_config(model))):
         raise UserError(f"{type(model).__name__} cannot be expanded: {'; '.join(notes)}")
     return Anatomy(tuple(blocks), len(layers), tuple(notes))

@@ -120,7 +120,7 @@ def _gguf(args: argparse.Namespace) -> None:
 
 
 def _folder(args: argparse.Namespace) -> None:
-    from graftlm.anatomy import PER_LAYER
+    from graftlm.anatomy import is_per_layer
     from graftlm.models import load_tokenizer, save_model
     from graftlm.pruning.shapes import shapes_of
 
@@ -139,7 +139,7 @@ def _folder(args: argparse.Namespace) -> None:
         padding = "; --format padded makes it one, at the size of its widest layer"
         raise UserError(
             f"export: {args.model} is of model type {model_type}, and no stock checkpoint"
-            f"{padding if model_type.startswith(PER_LAYER) else ''}"
+            f"{padding if is_per_layer(model.config) else ''}"
         )
     if stock:
         print(f"{args.model} is a stock {model_type} checkpoint already; it is saved as it is")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from graftlm.anatomy import PER_LAYER, Block, Matrix, decoder_layers, model_family
+from graftlm.anatomy import Block, Matrix, decoder_layers, is_per_layer, model_family
 from graftlm.errors import UserError
 from graftlm.models import has_own_class
 from graftlm.pruning.per_layer_modeling import output_biases
@@ -39,7 +39,7 @@ def padded(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not has_own_class(model):
         return model
-    if not str(model.config.model_type).startswith(PER_LAYER):
+    if not is_per_layer(model.config):
         raise UserError(
             f"{model.config.model_type}: this is no matter of widths, so padding makes no stock class of it"
         )
@@ -79,7 +79,7 @@ def _config(model: PreTrainedModel) -> PretrainedConfig:
     for groups in range(widest, max(widest, config.hidden_size // slots) + 1):
         shape = LayerShape(groups * slots, groups, channels)
         found = shaped_config(config, [shape] * len(shapes), head_dim)
-        if str(found.model_type).startswith(PER_LAYER):  # the stock class refuses it
+        if is_per_layer(found):  # the stock class refuses it
             continue
         accepted = accepted or found
         named = "head_dim" in {field.name for field in dataclasses.fields(type(found))}  # type: ignore[arg-type]
