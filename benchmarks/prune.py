@@ -27,7 +27,7 @@ from graftlm.environment import describe_environment, peak_memory_bytes
 from graftlm.files import write_json
 from graftlm.pruning.base import Batch
 from graftlm.pruning.calibration import TOKENS_A_PASS
-from graftlm.pruning.parts import component_cost, count_parameters
+from graftlm.parts import component_cost, count_parameters
 from graftlm.pruning.prune import prune
 from graftlm.pruning.settings import PruneSettings
 

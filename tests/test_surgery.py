@@ -13,7 +13,7 @@ from torch import Tensor
 from graftlm.anatomy import PER_LAYER, decoder_layers, read_anatomy
 from graftlm.errors import UserError
 from graftlm.masking import masked
-from graftlm.pruning.parts import component_cost
+from graftlm.parts import component_cost
 from graftlm.pruning.shapes import LayerShape, shapes_of
 from graftlm.pruning.surgery import add_output_biases, keep_components, keep_layers, kept_slices, prunable_blocks
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.advantage import Choice
-from graftlm.anatomy import Anatomy, Block, Matrix, linear
+from graftlm.anatomy import Anatomy, Block
 from graftlm.held_out import mean_loss
 from graftlm.importance import with_labels
 from graftlm.panels import Place
+from graftlm.parts import Part, parts_in
 
 Batch = Mapping[str, Tensor]
 MEASURED_BATCHES = 4
@@ -36,29 +37,24 @@ def split(
     goes with the weights.
     """
     for matrix in (*block.mixed, *block.followers):
-        layer = linear(model, matrix.module)
-        n, p = _places(layer, matrix, choice)
-        for parameter in _parameters(layer, matrix):
-            for moment in _moments(parameter, optimizer):
+        for part in parts_in(model, matrix):
+            n, p = _places(part, choice)
+            for moment in _moments(part.parameter, optimizer):
                 n.put_(moment, p.take(moment))
+            strong = p.take(part.parameter)  # [slots, k, other]
             if matrix.dim == 0:
-                n.put_(parameter, p.take(parameter))
-        if matrix.dim == 1:
-            strong = p.take(layer.weight)  # [slots, k, other]
-            given = (torch.rand(strong.shape, generator=generator).to(strong.device) * strong).to(strong.dtype)
-            n.put_(layer.weight, given)
-            p.put_(layer.weight, strong - given)
+                n.put_(part.parameter, strong)
+            else:
+                given = (torch.rand(strong.shape, generator=generator).to(strong.device) * strong).to(strong.dtype)
+                n.put_(part.parameter, given)
+                p.put_(part.parameter, strong - given)
 
 
-def _places(layer: nn.Linear, matrix: Matrix, choice: Choice) -> tuple[Place, Place]:
-    """Where N and P lie in `matrix`."""
-    n, p = (matrix.index(c).to(layer.weight.device) for c in (choice.disadvantageous, choice.advantageous))
+def _places(part: Part, choice: Choice) -> tuple[Place, Place]:
+    """Where N and P lie in `part`."""
+    matrix, device = part.matrix, part.parameter.device
+    n, p = (matrix.index(c).to(device) for c in (choice.disadvantageous, choice.advantageous))
     return Place(n, matrix.dim, matrix.width), Place(p, matrix.dim, matrix.width)
-
-
-def _parameters(layer: nn.Linear, matrix: Matrix) -> list[Tensor]:
-    """What of the layer belongs to components: its weight, and its bias where rows do."""
-    return [layer.weight, layer.bias] if matrix.dim == 0 and layer.bias is not None else [layer.weight]
 
 
 def _moments(parameter: Tensor, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
@@ -118,10 +114,9 @@ class Splitter:
         """All that a split writes to: where, in which tensor, and what is there now."""
         found = []
         for matrix in (*block.mixed, *block.followers):
-            layer = linear(self._model, matrix.module)
-            for parameter in _parameters(layer, matrix):
-                for tensor in (parameter, *_moments(parameter, optimizer)):
-                    found += [(place, tensor, place.take(tensor)) for place in _places(layer, matrix, choice)]
+            for part in parts_in(self._model, matrix):
+                for tensor in (part.parameter, *_moments(part.parameter, optimizer)):
+                    found += [(place, tensor, place.take(tensor)) for place in _places(part, choice)]
         return found
 
     def _loss(self) -> float:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from graftlm.anatomy import Block, Matrix, linear
 from graftlm.operators import OperatorKind, make_operator
+from graftlm.parts import parts_in
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,7 @@ class Piece:
 
 def pieces_of(model: nn.Module, matrices: tuple[Matrix, ...]) -> list[Piece]:
     """Weights, and biases where rows are mixed and there are any, in a fixed order."""
-    pieces = []
-    for matrix in matrices:
-        pieces.append(Piece(f"{matrix.module}.weight", matrix, matrix.dim))
-        if matrix.dim == 0 and linear(model, matrix.module).bias is not None:
-            pieces.append(Piece(f"{matrix.module}.bias", matrix, 0))
-    return pieces
+    return [Piece(part.path, matrix, matrix.dim) for matrix in matrices for part in parts_in(model, matrix)]
 
 
 class Tie(nn.Module):
@@ -52,7 +48,7 @@ class Tie(nn.Module):
         self.by_tokens = False
         """N does not train whole, so there is no G[N]: the operator's gradient comes token by token (slices.py)."""
         self.pieces = pieces_of(model, matrices)
-        weight = linear(model, matrices[0].module).weight
+        weight, *_ = [linear(model, m.module).weight for m in matrices]  # every one is checked
         self.dtype = dtype = torch.promote_types(weight.dtype, torch.float32)
         self.k = size * block.width
         self.operator = make_operator(kind, self.k, dtype, weight.device)

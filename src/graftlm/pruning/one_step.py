@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from graftlm.errors import UserError
+from graftlm.parts import count_parameters
 from graftlm.pruning.base import Pruned, PruneStep
-from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import LayerShape, per_layer_config_class, shapes_of
 from graftlm.pruning.targets import asked_parameters

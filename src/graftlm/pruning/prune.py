@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftlm.errors import UserError
+from graftlm.parts import count_parameters
 from graftlm.pruning.base import Batch, Calibration, Measure, Pruned, PruneStep
 from graftlm.pruning.layer_importance import LayerWatch
 from graftlm.pruning.layer_sparsity import Allocate, Progress
 from graftlm.pruning.methods import method
-from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import per_layer_config_class, shapes_of
 from graftlm.pruning.surgery import keep_components, prunable_blocks

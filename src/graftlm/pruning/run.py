@@ -19,10 +19,10 @@ from graftlm.errors import UserError
 from graftlm.files import remove_unfinished
 from graftlm.held_out import mean_loss
 from graftlm.models import check_vocabulary, load_model, load_tokenizer
+from graftlm.parts import count_parameters
 from graftlm.progress import step_bar
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.calibration import TextCalibration, calibration_from
-from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import SUMMARY, save_pruned
 from graftlm.pruning.settings import PruneSettings

@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 
 from graftlm.anatomy import Block, decoder_layers, read_anatomy
 from graftlm.errors import UserError
-from graftlm.pruning.parts import parts
+from graftlm.parts import parts
 from graftlm.pruning.per_layer_modeling import output_projections
 from graftlm.pruning.shapes import LayerShape, head_dim_of, shaped_config, shapes_of
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from graftlm.anatomy import KINDS, Block, Kind
 from graftlm.errors import UserError
-from graftlm.pruning.parts import component_cost, count_parameters
+from graftlm.parts import component_cost, count_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from graftlm.anatomy import Block
 from graftlm.fused_loss import IGNORED, FusedLoss, unfit
 from graftlm.importance import by_component, with_labels
+from graftlm.parts import Part, parts
 from graftlm.pruning.base import Batch
-from graftlm.pruning.parts import Part, parts
 
 FLOAT16_SCALE = 2**10
 

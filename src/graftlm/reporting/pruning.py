@@ -9,7 +9,7 @@ from typing import Any
 from graftlm.errors import UserError
 from graftlm.files import read_json, write_text
 from graftlm.models import load_skeleton
-from graftlm.pruning.parts import component_cost
+from graftlm.parts import component_cost
 from graftlm.pruning.saving import SUMMARY
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks

@@ -67,10 +67,10 @@ def finish(
     summary: dict[str, Any] = {
         "method": config.method,
         "model": config.model,
-        "tokens": trainer.tokens,
+        "tokens": trainer.meter.tokens,
         "steps": trainer.state.global_step,
-        "seconds": round(trainer.seconds, 3),
-        "tokens_per_second": round(trainer.tokens / trainer.seconds, 1),
+        "seconds": round(trainer.meter.seconds, 3),
+        "tokens_per_second": round(trainer.meter.tokens / trainer.meter.seconds, 1),
         "peak_memory_bytes": peak,
         "trainable_parameters": trainable,
         "trainable_fraction": trainable / total,

@@ -23,7 +23,7 @@ class Recording(TrainerCallback):
         trainer.display.start(state.global_step, state.max_steps)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._trainer.clock_in()
+        self._trainer.meter.start()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -36,7 +36,7 @@ class Recording(TrainerCallback):
         trainer = self._trainer
         if trainer.method is not None:
             trainer.method.after_step(state.global_step)
-        trainer.clock_out()
+        trainer.meter.stop()
         trainer.display.step(state.global_step)
         step = state.global_step
         due = step in trainer.eval_at or (trainer.eval_every and step % trainer.eval_every == 0)

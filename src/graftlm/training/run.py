@@ -123,7 +123,7 @@ def train_one(config: RunConfig, *, resume: bool = False, lean: bool = False) ->
     if not lean and (checkpoint or not assesses):
         before, _ = mean_activations(trainer, config)
     if method is not None:
-        with sharing_errors(), trainer.timed():
+        with sharing_errors(), trainer.meter.timed():
             method.prepare()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

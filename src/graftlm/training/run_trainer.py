@@ -1,9 +1,6 @@
 """The trainer that `graftlm train` runs on: it measures, stops on NaN, and saves so that a kill loses nothing."""
 
-import contextlib
-import math
 import shutil
-import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +35,7 @@ from graftlm.training.config import DynamicLoadingConfig
 from graftlm.training.data.dynamic import DynamicBlocks
 from graftlm.training.distributed import every, is_main, world_size
 from graftlm.training.dynamic_loading import DynamicLoading
+from graftlm.training.meter import Meter
 from graftlm.training.metrics import Display, MetricsLog
 from graftlm.training.phases import begins_phase, load_phase_start
 from graftlm.training.recording import Recording
@@ -47,7 +45,7 @@ from graftlm.training.trainer import ApexTrainer
 
 
 class RunTrainer(ApexTrainer):
-    """Counts tokens and seconds of training (evaluation and saving apart), and keeps the story of its stages."""
+    """Measures, evaluates and saves a run as it goes, and keeps the story of its stages."""
 
     model: Any
     optimizer: Any
@@ -83,18 +81,9 @@ class RunTrainer(ApexTrainer):
         if isinstance(self.train_dataset, DynamicBlocks) and dynamic_loading is not None:
             self.loading = DynamicLoading(dynamic_loading, self.train_dataset, self.loss_on)
         self.metrics: MetricsLog | None = None
-        self.tokens = 0
-        self.seconds = 0.0
+        self.meter = Meter()
         self.eval_loss_start: float | None = None
         self.stages: list[dict[str, Any]] = []
-        self._clock: float | None = None
-        self._loss = 0.0
-        """Sum of the losses of all steps."""
-        self._step_loss: Tensor | None = None
-        """Of the step that goes on and this process, in float64; fetched once a step, since that stalls a GPU."""
-        self._step_tokens = 0
-        self._logged = (0, 0, 0.0, 0.0)
-        """Step, tokens, seconds and sum of losses when metrics were last logged."""
         self.remove_callback(PrinterCallback)  # Display says it better
         # Before the mixin's own: a step's time is taken before a stage ends, and saving is asked for after.
         self.callback_handler.callbacks.insert(0, Recording(self))
@@ -105,25 +94,6 @@ class RunTrainer(ApexTrainer):
         return int(self.phase[1] if self.phase is not None else self.state.max_steps)
 
     # -- measuring ------------------------------------------------------------------------------------------------
-
-    def clock_in(self) -> None:
-        self._clock = time.perf_counter()
-
-    def clock_out(self) -> None:
-        if self._clock is not None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - self._clock
-            self._clock = None
-
-    @contextlib.contextmanager
-    def timed(self) -> Any:
-        """Count what happens inside as time of training."""
-        self.clock_in()
-        try:
-            yield
-        finally:
-            self.clock_out()
 
     def loss_on(self, data: Any) -> float:
         """mean_loss of `data`, divided between processes (distributed.every)."""
@@ -155,33 +125,30 @@ class RunTrainer(ApexTrainer):
 
     def _write(self, *, stage: int, **values: Any) -> None:
         assert self.metrics is not None
-        position = {"step": self.state.global_step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
-        self.metrics.write(**values, **position, stage=stage)
+        step, meter = self.state.global_step, self.meter
+        self.metrics.write(**values, step=step, tokens=meter.tokens, seconds=round(meter.seconds, 3), stage=stage)
 
     def log_training(self, logs: Mapping[str, float]) -> None:
-        now = (self.state.global_step, self.tokens, self.seconds, self._loss)
-        steps, tokens, seconds, losses = (new - old for new, old in zip(now, self._logged, strict=True))
-        self._logged = now
-        rate = tokens / seconds if seconds > 0 else 0.0
-        loss = losses / steps  # not Trainer's, which knows nothing of steps before a resume
         step, total = self.state.global_step, self.state.max_steps
+        found = self.meter.since_logged(step)
         # The stage that the step was taken in: another may have begun since.
         stage = bisect_left(self.apex.clock.starts, step) - 1 if self.apex is not None else 0
         self._write(
             event="train",
-            loss=loss,
+            loss=found.loss,
             learning_rate=logs.get("learning_rate"),
             grad_norm=logs.get("grad_norm"),
-            tokens_per_second=round(rate, 1),
+            tokens_per_second=round(found.tokens_per_second, 1),
             stage=stage,
         )
-        self.display.figures(step, total, loss, rate, self.seconds / max(1, step) * (total - step))
+        left = self.meter.seconds / max(1, step) * (total - step)
+        self.display.figures(step, total, found.loss, found.tokens_per_second, left)
 
     # -- the story of a run ---------------------------------------------------------------------------------------
 
     def assess(self, apex: Apex) -> None:
         self.display.say(f"assessing {apex.config.assess_samples} sequences before training")
-        with self.timed():
+        with self.meter.timed():
             super().assess(apex)
 
     def begin_run(self) -> None:
@@ -198,7 +165,7 @@ class RunTrainer(ApexTrainer):
         story: dict[str, Any] = {
             "stage": self.apex.clock.stage,
             "step": self.apex.clock.step,
-            "tokens": self.tokens,
+            "tokens": self.meter.tokens,
             "heads": {},
             "channels": {},
             "eval_loss_start": loss,
@@ -215,7 +182,7 @@ class RunTrainer(ApexTrainer):
     def next_stage(self) -> None:
         assert self.apex is not None
         self.end_stage("before_fusion")
-        with self.timed():
+        with self.meter.timed():
             super().next_stage()
         loss = self.evaluate_now("after_fusion")
         self.stages[-1]["eval_loss_after_fusion"] = loss
@@ -241,7 +208,7 @@ class RunTrainer(ApexTrainer):
         if method is None:
             return super().create_optimizer(model)
         if self._resume_from is None:
-            with self.timed(), self.accelerator.autocast():
+            with self.meter.timed(), self.accelerator.autocast():
                 method.look(self._batches)
         optimizer = super().create_optimizer(model)
         method.start(optimizer, self.state.max_steps)
@@ -265,28 +232,17 @@ class RunTrainer(ApexTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        self._step_tokens += count_tokens(inputs)
+        tokens = count_tokens(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.method is not None and self.accelerator.sync_gradients:
             self.method.after_backward()
-        self._step_loss = loss.double() if self._step_loss is None else self._step_loss + loss.double()
+        self.meter.add(tokens, loss)
         return loss
 
     def check_step(self, total: Tensor) -> None:
         """Before an optimizer step: stop, on all processes at once, if it would be one on NaN or Inf."""
-        assert self._step_loss is not None
-        found = torch.stack([self._step_loss, torch.full_like(self._step_loss, self._step_tokens)])
-        if world_size() > 1:
-            torch.distributed.all_reduce(found)
-            found[0] /= world_size()  # Trainer scales each process's part up by their number
-        loss, tokens, norm = torch.cat([found, total.to(found)[None]]).tolist()
-        self._step_loss, self._step_tokens = None, 0
-        if not math.isfinite(loss):
-            self.refuse("the loss")
-        if not math.isfinite(norm):
-            self.refuse("a gradient")
-        self._loss += loss
-        self.tokens += int(tokens)
+        if (what := self.meter.end_step(total)) is not None:
+            self.refuse(what)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.last_step:
@@ -309,12 +265,9 @@ class RunTrainer(ApexTrainer):
         assert self.metrics is not None
         scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
         told = {
-            "tokens": self.tokens,
-            "seconds": self.seconds,
+            **self.meter.state_dict(),
             "stages": self.stages,
             "eval_loss_start": self.eval_loss_start,
-            "loss": self._loss,
-            "logged": list(self._logged),
             "metrics_bytes": self.metrics.size,
             "parameters": self._optimized(),
             "sequences_a_step": self._sequences_a_step(),
@@ -372,11 +325,10 @@ class RunTrainer(ApexTrainer):
                 f"{self._sequences_a_step()}; choose processes x per_device_train_batch_size x "
                 "gradient_accumulation_steps that give as many as before"
             )
-        self.tokens, self.seconds, self.stages = told["tokens"], told["seconds"], told["stages"]
-        self.eval_loss_start = told["eval_loss_start"]
+        self.meter.load_state_dict(told)
+        self.stages, self.eval_loss_start = told["stages"], told["eval_loss_start"]
         if self.loading is not None:
             self.loading.load_state_dict(told["loading"])
-        self._loss, self._logged = told["loss"], tuple(told["logged"])
         assert self.metrics is not None
         self.metrics.rewind(told["metrics_bytes"])
         if begins:

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from graftlm.anatomy import Block
 from graftlm.importance import by_component
+from graftlm.parts import parts
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.layer_sparsity import allocation
-from graftlm.pruning.parts import parts
 from graftlm.pruning.prune import iterate
 from graftlm.pruning.settings import PruneSettings
 

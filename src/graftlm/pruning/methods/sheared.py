@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 from graftlm.anatomy import Block, linear
 from graftlm.errors import UserError
 from graftlm.importance import with_labels
+from graftlm.parts import component_cost
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.hard_concrete import LARGEST, OPEN, Constraint, open_probability, sampled, settled
 from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
-from graftlm.pruning.parts import component_cost
 from graftlm.pruning.prune import strongest
 from graftlm.pruning.ranking import uniform_counts
 from graftlm.pruning.settings import PruneSettings

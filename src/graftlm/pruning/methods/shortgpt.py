@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from graftlm.anatomy import decoder_layers
 from graftlm.errors import UserError
+from graftlm.parts import count_parameters
 from graftlm.pruning.base import Calibration, Pruned, PruneStep
 from graftlm.pruning.layer_importance import layer_importance
 from graftlm.pruning.one_step import Before, check_widths, pruned_from, wanted_parameters
-from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_layers, prunable_blocks
 

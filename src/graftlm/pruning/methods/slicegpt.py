@@ -22,9 +22,9 @@ from transformers.initialization import no_init_weights
 from graftlm.activations import MODEL_INPUTS
 from graftlm.anatomy import decoder_layers, linear
 from graftlm.errors import UserError
+from graftlm.parts import count_parameters
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.one_step import Before, check_widths, pruned_from, wanted_parameters
-from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.prune import check_finite
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.sliced_modeling import FAMILIES, NORMS

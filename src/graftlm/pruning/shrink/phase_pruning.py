@@ -15,9 +15,9 @@ from graftlm.errors import UserError
 from graftlm.files import atomic_folder, read_json, write_json
 from graftlm.held_out import mean_loss
 from graftlm.models import load_model, load_skeleton, load_tokenizer
+from graftlm.parts import count_parameters
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.calibration import calibration_from
-from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import save_pruned
 from graftlm.pruning.settings import PruneSettings

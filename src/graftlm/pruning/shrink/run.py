@@ -18,8 +18,8 @@ from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import locked, plain_disk_errors, read_json, remove_unfinished, write_json, write_text
 from graftlm.models import load_model, load_tokenizer
+from graftlm.parts import count_parameters
 from graftlm.pruning.base import PruneStep
-from graftlm.pruning.parts import count_parameters
 from graftlm.pruning.saving import save_pruned
 from graftlm.pruning.shapes import shapes_of
 from graftlm.pruning.shrink.card import shrunk_card

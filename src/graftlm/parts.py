@@ -31,11 +31,16 @@ def parts(model: nn.Module, block: Block) -> Iterator[Part]:
     over the queries or keys of all heads.
     """
     for matrix in (*block.mixed, *block.followers, *block.norms):
-        module = model.get_submodule(matrix.module)
-        for name in ("weight", "bias") if matrix.dim == 0 else ("weight",):
-            parameter = getattr(module, name, None)
-            if parameter is not None:
-                yield Part(f"{matrix.module}.{name}", parameter, matrix)
+        yield from parts_in(model, matrix)
+
+
+def parts_in(model: nn.Module, matrix: Matrix) -> Iterator[Part]:
+    """Of `matrix`, or norm, alone: its weight, and its bias where components are rows and there is one."""
+    module = model.get_submodule(matrix.module)
+    for name in ("weight", "bias") if matrix.dim == 0 else ("weight",):
+        parameter = getattr(module, name, None)
+        if parameter is not None:
+            yield Part(f"{matrix.module}.{name}", parameter, matrix)
 
 
 def count_parameters(model: nn.Module) -> int:
