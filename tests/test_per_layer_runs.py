@@ -20,9 +20,9 @@ from graftlm.pruning.shapes import shapes_of
 from graftlm.pruning.surgery import keep_components
 from graftlm.training.costs import attention_widths, token_flops
 from graftlm.training.plan import plan
-from graftlm.training.probe import cut, layers_copied
 from graftlm.training.run import train
 from graftlm.training.run_trainer import RunTrainer
+from graftlm.training.scaled_copy import cut, layers_copied
 
 KEPT = {
     "layer0_channels": torch.arange(100),

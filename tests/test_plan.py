@@ -22,7 +22,8 @@ from graftlm.training import costs, estimates
 from graftlm.training.config import DistributedConfig, RunConfig, SourceConfig
 from graftlm.training.control import control_config
 from graftlm.training.plan import compare_plan, estimate, load_skeleton, plan
-from graftlm.training.probe import cut, measure
+from graftlm.training.probe import measure
+from graftlm.training.scaled_copy import cut
 
 ROWS, LENGTH = 2, 12
 

@@ -19,7 +19,8 @@ from graftlm.training.config import RunConfig
 from graftlm.training.layout import Layout, layout_of, run_device
 from graftlm.training.memory import peak_memory, peaks_with, process_memory
 from graftlm.training.method_costs import Prepared, prepared
-from graftlm.training.probe import Probe, layers_copied, layers_to_copy, measure
+from graftlm.training.probe import Probe, measure
+from graftlm.training.scaled_copy import layers_copied, layers_to_copy
 
 SECONDS = (
     "estimated_seconds",

@@ -1,11 +1,10 @@
 """A scaled-down copy of a run, to be timed: first layers, a part of the vocabulary, and real optimizer steps.
 
-Nothing of the model itself is touched and no random number of the run is drawn. What the copy takes is scaled up by
-plan.py: layers by their number, the LM head by its rows, both by floating-point operations where rows had to be cut.
+No random number of the run is drawn. What the copy (scaled_copy.py) takes is scaled up by plan.py: layers by their
+number, the LM head by its rows, both by floating-point operations where rows had to be cut.
 """
 
 import contextlib
-import copy
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -22,17 +21,12 @@ from graftlm.methods import make_method
 from graftlm.training.arguments import fuse_loss, training_arguments
 from graftlm.training.config import RunConfig
 from graftlm.training.layout import run_device
+from graftlm.training.scaled_copy import cut, layers_copied, layers_differ, narrow, weights_in
 from graftlm.training.sections import Saved, Sections
 
-LAYERS = 2
-"""Layers of the copy: more would be no more exact, since each layer is timed where it runs, not by a difference."""
-LARGE_LAYER = 2**25
-"""Weights of a layer above which the copy has only one."""
 HUGE_LAYER = 2**27
 """Weights of a layer above which the copy's is narrower, unless a GPU holds it: with gradients, optimizer state and
 copies in bfloat16 a weight takes some 20 bytes."""
-WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-"""What transformers' configs call the widths of a layer."""
 EMBEDDING = 2**23
 """Weights that the copy's part of the embedding has at most: the vocabulary may be most of a model."""
 PASS_SECONDS = 1.5
@@ -84,86 +78,6 @@ class Probe:
     """One layer's input."""
     fused_loss: bool = False
     """Whether logits exist only some tokens at a time."""
-
-
-def layers_to_copy(model: PreTrainedModel) -> int:
-    """How many layers a copy of `model` has."""
-    layers = decoder_layers(model)[1]
-    return min(len(layers), LAYERS if max(map(_weights, layers)) <= LARGE_LAYER else 1)
-
-
-def layers_copied(model: PreTrainedModel, count: int) -> list[int]:
-    """Which `count` layers a copy has: the first; where layers differ, those of the most weights, which surely have
-    what is trained."""
-    layers = decoder_layers(model)[1]
-    if not _differ(model):
-        return list(range(min(count, len(layers))))
-    return sorted(sorted(range(len(layers)), key=lambda i: -_weights(layers[i]))[:count])
-
-
-def _differ(model: PreTrainedModel) -> bool:
-    return bool(getattr(model.config.get_text_config(), "is_heterogeneous", False))
-
-
-def _weights(layer: nn.Module) -> int:
-    return sum(p.numel() for p in layer.parameters())
-
-
-def narrow(model: PreTrainedModel, at_most: int) -> tuple[PreTrainedModel, int]:
-    """A model without weights (on the meta device) of `model`'s kind whose layers have at most `at_most` weights, and
-    how many times narrower it is: fewer heads of the same size (at least two groups of them, so that there can be
-    strong and weak ones), fewer channels. `model` itself where it is so already, and where its layers differ.
-    """
-    if _differ(model):
-        return model, 1
-    text: Any = model.config.get_text_config()
-    weights = sum(p.numel() for p in decoder_layers(model)[1][0].parameters())
-    widths = {name: getattr(text, name, None) or 1 for name in WIDTHS}
-    times = 1
-    while weights > at_most * times**2 and all(width % (4 * times) == 0 for width in widths.values()):
-        times *= 2
-    if times == 1:
-        return model, 1
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config()
-    text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    for name, width in widths.items():
-        setattr(text, name, width // times)
-    attention = model.config._attn_implementation
-    with torch.device("meta"):
-        made: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype, attn_implementation=attention)
-    return made, times
-
-
-def cut(model: PreTrainedModel, layers: int, vocabulary: int) -> PreTrainedModel:
-    """A copy with `layers` layers (layers_copied), `vocabulary` rows of embedding and LM head; the rest is not copied.
-
-    A model on the meta device gives a copy on the CPU with random weights.
-    """
-    _, found = decoder_layers(model)
-    chosen = layers_copied(model, layers)
-    kept = nn.ModuleList(found[i] for i in chosen)
-    memo: dict[int, Any] = {}
-    memo[id(found)] = copy.deepcopy(kept, memo)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for parameter in module.parameters() if module is not None else ():
-            part = parameter.detach()[:vocabulary].clone()
-            memo[id(parameter)] = memo.get(id(parameter), nn.Parameter(part, parameter.requires_grad))
-    small = copy.deepcopy(model, memo)
-    text: Any = small.config.get_text_config()
-    text.num_hidden_layers = len(kept)
-    if (types := getattr(text, "layer_types", None)) is not None:
-        text.layer_types = [types[i] for i in chosen]
-    text.vocab_size = small.config.vocab_size = vocabulary
-    embedding: Any = small.get_input_embeddings()
-    embedding.num_embeddings, embedding.padding_idx = vocabulary, None
-    if next(small.parameters()).is_meta:
-        small = small.to_empty(device="cpu")
-        with torch.no_grad():
-            for tensor in (*small.parameters(), *small.buffers()):
-                if tensor.is_floating_point():
-                    tensor.normal_(std=0.02)
-    return small
 
 
 NARROWED = {
@@ -333,9 +247,9 @@ def measure(
     trained //= narrowing**2
     embedding: Any = model.get_input_embeddings()
     vocabulary = min(embedding.weight.shape[0], max(1, EMBEDDING // embedding.weight.shape[1]))
-    in_layers = [_weights(layer) for layer in decoder_layers(model)[1]]
+    in_layers = [weights_in(layer) for layer in decoder_layers(model)[1]]
     depth = len(in_layers) / layers
-    if _differ(model):
+    if layers_differ(model):
         depth = sum(in_layers) / sum(in_layers[i] for i in layers_copied(model, layers))
     probe = Probe(layers, vocabulary, rows, length, depth, narrowing)
     with torch.random.fork_rng():
