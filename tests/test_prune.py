@@ -354,6 +354,50 @@ def test_amplitude_zero_keeps_layers_within_a_component_of_each_other():
     assert max(channels) - min(channels) <= 1
 
 
+@settings(max_examples=20, deadline=None)
+@given(memory=st.sampled_from([0.0, 0.5, 1.0]), iterations=st.integers(1, 5), seed=st.integers(0, 99))
+def test_importance_is_remembered_with_its_component(memory, iterations, seed):
+    model = tiny_model()
+    tables = {}
+
+    def rows(model, block):  # of values, or of up: as many for each component
+        return model.get_submodule(next(m for m in block.mixed if m.dim == 0).module).weight.data
+
+    for block in prunable_blocks(model):  # who a component is stands in its weights
+        weight = rows(model, block)
+        weight[:, 0] = torch.arange(len(weight)) // (len(weight) // block.components)
+        generator = torch.Generator().manual_seed(seed + block.layer)
+        tables[block.name] = torch.rand(iterations, block.components, generator=generator)
+    turn = iter(range(iterations))
+
+    def measure(model, blocks, batches):
+        now, found = next(turn), {}
+        for block in blocks:
+            weight = rows(model, block)
+            who = weight[:: len(weight) // block.components, 0].long()
+            found[block.name] = tables[block.name][now, who] * 10.0**now  # a later iteration counts no more for that
+        return found
+
+    pruned = iterate(
+        model,
+        PruneSettings(sparsity=0.6, importance_memory=memory),
+        calibration,
+        measure=measure,
+        allocate=None,
+        iterations=iterations,
+    )
+    for name, table in tables.items():
+        alive, totals = list(range(table.shape[1])), [0.0] * table.shape[1]
+        for now, step in enumerate(pruned.steps):
+            mean = sum(table[now, i].item() for i in alive) / len(alive)
+            totals = [memory * old + table[now, i].item() / mean for old, i in zip(totals, alive, strict=True)]
+            shape = step.shapes[0]  # of all layers: uniform
+            count = shape.num_key_value_heads if "heads" in name else shape.intermediate_size
+            stays = sorted(sorted(range(len(alive)), key=lambda i: -totals[i])[:count])
+            alive, totals = [alive[i] for i in stays], [totals[i] for i in stays]
+        assert pruned.kept[name].tolist() == alive
+
+
 def test_as_published_counts_are_not_corrected():
     settings = PruneSettings(sparsity=0.3, exact=False, uniform=True, iterations=3)
     pruned = prune(tiny_model(), settings, calibration)
@@ -411,6 +455,7 @@ def test_controls():
         ({"sparsity": 0.2, "iterations": 0}, "at least 1"),
         ({"sparsity": 0.2, "samples": -1}, "samples"),
         ({"sparsity": 0.2, "amplitude": -1.0}, "amplitude"),
+        ({"sparsity": 0.2, "importance_memory": 1.1}, "from 0 to 1"),
         ({"target_parameters": 9, "exact": False}, "give sparsity"),
     ],
 )

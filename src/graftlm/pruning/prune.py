@@ -14,6 +14,7 @@ from graftlm.pruning.base import Batch, Calibration, Measure, Pruned, PruneStep
 from graftlm.pruning.layer_importance import LayerWatch
 from graftlm.pruning.layer_sparsity import Allocate, Progress
 from graftlm.pruning.methods import method
+from graftlm.pruning.remembered import Remembered
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import per_layer_config_class, shapes_of
 from graftlm.pruning.surgery import keep_components, prunable_blocks
@@ -65,6 +66,7 @@ def iterate(
     original = count_parameters(model)
     kept = {name: torch.arange(n) for one in target.sizes for name, n in zip(one.names, one.counts, strict=True)}
     steps: list[PruneStep] = []
+    remembered = Remembered(settings.importance_memory)
     for iteration in range(1, iterations + 1):
         started = time.perf_counter()
         blocks = prunable_blocks(model)
@@ -74,8 +76,10 @@ def iterate(
         scores, sparsities, importance = _measured(
             model, calibration(iteration - 1), progress, settings, measure, allocate
         )
-        chosen = strongest(scores, _counts(model, settings, target, sparsities, iteration, iterations))
+        counts = _counts(model, settings, target, sparsities, iteration, iterations)
+        chosen = strongest(remembered.add(scores), counts)
         model = keep_components(model, chosen)
+        remembered.keep(chosen)
         for name, ids in chosen.items():
             kept[name] = kept[name][ids]
         layer_importance = None if importance is None else tuple(importance.tolist())

@@ -43,6 +43,9 @@ class PruneSettings:
     """Sparsity of a layer: cumulative adds S/T - A I at every iteration (the authors' code); literal is S - A I."""
     similarity: Similarity = "cosine"
     """Of a layer's input and output: the more alike, the less the layer matters."""
+    importance_memory: float = 0.0
+    """How much of components' importance an iteration keeps of the ones before, 0 (the paper: measured anew) to 1 (all
+    iterations count alike); the more, the less one iteration's few sequences decide."""
     samples: int = 0
     """Calibration sequences an iteration, drawn anew each time; 0: the preset's, 10 without (512 in the paper)."""
     sample_length: int = 64
@@ -82,6 +85,8 @@ class PruneSettings:
             raise UserError(
                 f"prune: amplitude {self.amplitude} must not be negative; 0 is no difference between layers"
             )
+        if not 0 <= self.importance_memory <= 1:
+            raise UserError(f"prune: importance_memory {self.importance_memory} must be from 0 to 1")
         lowest = {"target_parameters": 1, "iterations": 1, "samples": 1, "sample_length": 2, "width_multiple": 1}
         for name, least in {**lowest, "min_groups": 0, "min_channels": 0}.items():
             value = getattr(self, name)
