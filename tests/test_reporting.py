@@ -17,6 +17,7 @@ from graftlm.reporting.curves import smooth
 from graftlm.reporting.plots import make_plots, plot_activations, plot_sigma
 from graftlm.reporting.report import make_report
 from graftlm.reporting.rundata import read_run
+from graftlm.reporting.style import figure, legend
 
 ALL_PLOTS = [
     "loss_tokens.png",
@@ -295,3 +296,16 @@ def test_smoothing_keeps_a_constant_and_survives_nan():
     values = np.array([1.0, np.nan, 3.0])
     assert np.isfinite(smooth(values, 3)).all()
     assert smooth(np.array([1.0, 5.0]), 1).tolist() == [1.0, 5.0]
+
+
+@pytest.mark.parametrize(("length", "columns"), [(5, 4), (40, 2), (90, 1)])
+def test_a_legend_has_as_many_columns_as_fit(length, columns):
+    made = figure("a title")
+    axes = made.subplots()
+    for letter in "abcd":
+        axes.plot([0, 1], label=letter * length)
+    legend(made, axes)
+    made.draw_without_rendering()
+    box = made.legends[0].get_window_extent()
+    assert len(made.legends) == 1 and made.legends[0]._ncols == columns
+    assert box.x0 >= 0 and box.x1 <= made.bbox.width

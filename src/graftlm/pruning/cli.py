@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from graftlm.export import verb as exporting
 from graftlm.pruning import verbs
-from graftlm.pruning.settings import METHODS, PRESETS, Rule, Similarity, parameter_count
+from graftlm.pruning.settings import METHODS, PRESETS, HeadsBy, Rule, Similarity, parameter_count
 from graftlm.pruning.shrink import verb as shrinking
 
 Verb = Callable[..., Any]
@@ -59,9 +59,16 @@ def _prune(verb: Verb, model_help: str) -> None:
         help="every layer loses the same, and the model stays a stock checkpoint (default: as the method does)",
     )
     parser.add_argument("--iterations", type=int, metavar="T", help="steps (default: as the method does; adapt 50)")
+    parser.add_argument(
+        "--heads-by", choices=get_args(HeadsBy), help="loss: rank key-value groups by the loss without each, measured"
+    )
     parser.add_argument("--samples", type=int, metavar="N", help="calibration sequences an iteration (default 10)")
     parser.add_argument("--sample-length", type=int, metavar="L", help="tokens a calibration sequence (default 64)")
-    parser.add_argument("--preset", choices=PRESETS, help="authors-code: 512 calibration sequences")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="authors-code: 512 calibration sequences; at-once: one step, 64 sequences, A = 1",
+    )
     parser.add_argument(
         "--width-multiple", type=int, metavar="N", help="channels of a layer are a multiple of N (GGUF Q8_0: 32)"
     )

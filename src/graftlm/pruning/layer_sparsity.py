@@ -68,6 +68,7 @@ class Adaptive:
         self, progress: Progress, scores: Mapping[str, Tensor], layer_importance: Callable[[], Tensor]
     ) -> dict[str, float]:
         settings = self._settings
+        assert settings.amplitude is not None  # of a default or a preset
         importance = layer_importance()
         before = torch.zeros_like(importance) if self._sparsity is None else self._sparsity
         self._sparsity = next_sparsity(

@@ -19,12 +19,14 @@ def wanted_parameters(model: PreTrainedModel, settings: PruneSettings) -> int:
     """Parameters that the pruned model has at most, whatever it is pruned of. A sparsity asks for the same number as it
     does of methods that remove components: the model without that share of its heads' and channels' parameters.
 
-    Raises UserError for a target above the model, for a family without a per-layer class, and for iterations and
-    `exact: false`: there is one step, which meets the target.
+    Raises UserError for a target above the model, for a family without a per-layer class, and for what is of methods
+    that rank components within layers: iterations, heads_by, `exact: false`.
     """
     per_layer_config_class(model.config)  # said before anything is measured
     if settings.iterations not in (None, 1):
         raise UserError(f"prune: {settings.method} prunes in one step, not {settings.iterations}; leave iterations out")
+    if settings.heads_by != "method":
+        raise UserError(f"prune: {settings.method} does not rank heads within a layer; leave heads_by out")
     if not settings.exact:
         raise UserError(
             f"prune: {settings.method} always meets the sparsity; exact: false (--as-published) is for methods that "

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from graftlm.errors import UserError
 from graftlm.parts import count_parameters
+from graftlm.pruning.ablation import ablation
 from graftlm.pruning.base import Batch, Calibration, Measure, Pruned, PruneStep
 from graftlm.pruning.layer_importance import LayerWatch
 from graftlm.pruning.layer_sparsity import Allocate, Progress
 from graftlm.pruning.methods import method
-from graftlm.pruning.remembered import Remembered
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import per_layer_config_class, shapes_of
 from graftlm.pruning.surgery import keep_components, prunable_blocks
@@ -66,7 +66,6 @@ def iterate(
     original = count_parameters(model)
     kept = {name: torch.arange(n) for one in target.sizes for name, n in zip(one.names, one.counts, strict=True)}
     steps: list[PruneStep] = []
-    remembered = Remembered(settings.importance_memory)
     for iteration in range(1, iterations + 1):
         started = time.perf_counter()
         blocks = prunable_blocks(model)
@@ -77,9 +76,8 @@ def iterate(
             model, calibration(iteration - 1), progress, settings, measure, allocate
         )
         counts = _counts(model, settings, target, sparsities, iteration, iterations)
-        chosen = strongest(remembered.add(scores), counts)
+        chosen = strongest(scores, counts)
         model = keep_components(model, chosen)
-        remembered.keep(chosen)
         for name, ids in chosen.items():
             kept[name] = kept[name][ids]
         layer_importance = None if importance is None else tuple(importance.tolist())
@@ -132,6 +130,9 @@ def _measured(
         sparsities = None if allocate is None else allocate(progress, scores, of_layers)
     finally:
         watch.close()
+    if settings.heads_by == "loss":  # passes that the watch must not see: they are of a model without something
+        scores = {**scores, **ablation(model, [one for one in progress.blocks if one.kind == "heads"], batches[:1])}
+        check_finite(scores)
     return scores, sparsities, asked[0] if asked else None
 
 

@@ -1,7 +1,7 @@
 """How a model is pruned: the settings of every way of doing it, checked when made. Imports nothing heavy."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
@@ -13,8 +13,15 @@ MethodName = Literal[
 METHODS: tuple[str, ...] = get_args(MethodName)
 Rule = Literal["cumulative", "literal"]
 Similarity = Literal["cosine", "euclidean", "manhattan"]
-SAMPLES = 10
-PRESETS: dict[str, dict[str, Any]] = {"authors-code": {"samples": 512}}
+HeadsBy = Literal["method", "loss"]
+DEFAULTS: dict[str, Any] = {"samples": 10, "amplitude": 0.02}
+"""Of what a preset may set."""
+PRESETS: dict[str, dict[str, Any]] = {
+    "authors-code": {"samples": 512},
+    "at-once": {"samples": 64, "amplitude": 1.0, "iterations": 1},
+}
+"""authors-code: calibration as the paper says. at-once: Adapt-Pruner in one step (A T as in its 50) on more text; on
+SmolLM2 the better way to prune much of a model that is trained no further (experiments/adapt_table1)."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +44,15 @@ class PruneSettings:
     """Every layer loses the same share; None: as the method does."""
     iterations: int | None = None
     """Steps T in which it is done, importance measured anew in each; None: as the method does (adapt: 50)."""
-    amplitude: float = 0.02
-    """A: how far a layer's importance moves its sparsity, at each iteration (eq. 6)."""
+    amplitude: float | None = None
+    """A: how far a layer's importance moves its sparsity, at each iteration (eq. 6); None: the preset's, or 0.02."""
     rule: Rule = "cumulative"
     """Sparsity of a layer: cumulative adds S/T - A I at every iteration (the authors' code); literal is S - A I."""
     similarity: Similarity = "cosine"
     """Of a layer's input and output: the more alike, the less the layer matters."""
-    importance_memory: float = 0.0
-    """How much of components' importance an iteration keeps of the ones before, 0 (the paper: measured anew) to 1 (all
-    iterations count alike); the more, the less one iteration's few sequences decide."""
+    heads_by: HeadsBy = "method"
+    """Which key-value groups of a layer go: method ranks them like channels; loss measures the loss without each, in a
+    forward pass a group and iteration (on as many of the sequences as one pass takes: 640 tokens, at least one)."""
     samples: int = 0
     """Calibration sequences an iteration, drawn anew each time; 0: the preset's, 10 without (512 in the paper)."""
     sample_length: int = 64
@@ -57,7 +64,8 @@ class PruneSettings:
     min_groups: int = 1
     """Key-value groups that a layer keeps at least; 0: a layer may lose its attention."""
     preset: str | None = None
-    """Named settings, which the others given here override: authors-code (512 samples)."""
+    """Named settings, which the others given here override: authors-code (512 samples), at-once (one step, 64 samples,
+    amplitude 1)."""
     seed: int = 0
     """Of the calibration sequences, of the random method, and of the gates of sheared."""
     flap_compensation: bool = True
@@ -73,20 +81,20 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         self._check_names()
-        if self.samples == 0:
-            object.__setattr__(self, "samples", PRESETS.get(self.preset or "", {}).get("samples", SAMPLES))
+        not_given = {field.name: field.default for field in fields(self)}
+        for name, value in {**DEFAULTS, **PRESETS.get(self.preset or "", {})}.items():
+            if getattr(self, name) == not_given[name]:
+                object.__setattr__(self, name, value)
         if (self.sparsity is None) == (self.target_parameters is None):
             raise UserError("prune: give sparsity (such as 0.2) or target_parameters (such as 100M), one of the two")
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise UserError(f"prune: sparsity {self.sparsity} must be between 0 and 1, e.g. 0.2")
         if not self.exact and self.sparsity is None:
             raise UserError("prune: exact: false meets no target_parameters; give sparsity")
-        if self.amplitude < 0:
+        if self.amplitude is not None and self.amplitude < 0:
             raise UserError(
                 f"prune: amplitude {self.amplitude} must not be negative; 0 is no difference between layers"
             )
-        if not 0 <= self.importance_memory <= 1:
-            raise UserError(f"prune: importance_memory {self.importance_memory} must be from 0 to 1")
         lowest = {"target_parameters": 1, "iterations": 1, "samples": 1, "sample_length": 2, "width_multiple": 1}
         for name, least in {**lowest, "min_groups": 0, "min_channels": 0}.items():
             value = getattr(self, name)
@@ -100,7 +108,13 @@ class PruneSettings:
             raise UserError(f"prune: sheared_weight_rate {self.sheared_weight_rate} must not be negative")
 
     def _check_names(self) -> None:
-        choices = {"method": METHODS, "rule": get_args(Rule), "similarity": get_args(Similarity), "preset": PRESETS}
+        choices = {
+            "method": METHODS,
+            "rule": get_args(Rule),
+            "similarity": get_args(Similarity),
+            "heads_by": get_args(HeadsBy),
+            "preset": PRESETS,
+        }
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known and not (name == "preset" and value is None):

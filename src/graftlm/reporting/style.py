@@ -78,18 +78,16 @@ def whole_numbers(axis: Axis) -> None:
 
 
 def legend(made: Figure, axes: Axes) -> None:
-    """One legend under the whole figure, where it hides no data, from what `axes` shows."""
+    """One legend under the whole figure, where it hides no data, from what `axes` shows: in as many columns, of at most
+    four, as the figure is wide."""
     handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        made.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=min(len(labels), 4),
-            frameon=False,
-            fontsize=9.5,
-            labelcolor=INK,
-        )
+    look: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9.5, "labelcolor": INK}
+    for columns in range(min(len(labels), 4), 0, -1):
+        found = made.legend(handles, labels, ncols=columns, **look)
+        made.draw_without_rendering()
+        if columns == 1 or found.get_window_extent().width <= made.bbox.width:
+            break
+        found.remove()
 
 
 def save(made: Figure, path: Path) -> Path:
