@@ -7,3 +7,4 @@ for model in runs/fig6/cells/*/model; do
     graftlm assess runs/healing/model --compare "$model" --data runs/table1/data/held_out.jsonl --samples 64 \
         --max-length 512 --out "runs/fig6/assessed/$(basename "$(dirname "$model")")"
 done
+python experiments/fig6/summarise.py runs/fig6/assessed experiments/fig6
