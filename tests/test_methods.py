@@ -142,11 +142,11 @@ def test_preparing_counts_as_time_of_training(story, tmp_path, monkeypatch):
 
     class Watching(Story):
         def prepare(self):
-            seconds.append(trainers[0].seconds)
+            seconds.append(trainers[0].meter.seconds)
             super().prepare()
 
         def look(self, batches):
-            seconds.append(trainers[0].seconds)
+            seconds.append(trainers[0].meter.seconds)
 
     monkeypatch.setattr(run, "RunTrainer", Kept)
     story(Watching)
