@@ -25,9 +25,9 @@ from ways import SHAPES, build_model
 from graftlm.anatomy import read_anatomy
 from graftlm.environment import describe_environment, peak_memory_bytes
 from graftlm.files import write_json
+from graftlm.parts import component_cost, count_parameters
 from graftlm.pruning.base import Batch
 from graftlm.pruning.calibration import TOKENS_A_PASS
-from graftlm.parts import component_cost, count_parameters
 from graftlm.pruning.prune import prune
 from graftlm.pruning.settings import PruneSettings
 
