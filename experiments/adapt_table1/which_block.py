@@ -6,50 +6,36 @@ At 40%, seed 0: Adapt-Pruner at once on 64 sequences against the same in 50 step
 token on 4,096 tokens.
 """
 
-import argparse
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 
-import torch
+from given import read_arguments
 from torch import Tensor
 
 from graftlm.environment import describe_environment
 from graftlm.files import write_json
 from graftlm.held_out import mean_loss
-from graftlm.models import load_model, load_tokenizer
-from graftlm.pruning.calibration import calibration_from
 from graftlm.pruning.prune import prune
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_components
-from graftlm.training.config import SourceConfig
 
 AT_ONCE = PruneSettings(sparsity=0.4, preset="at-once")
 OTHERS = {
     "5 steps of 64": PruneSettings(sparsity=0.4, iterations=5, amplitude=0.2, samples=64),
     "50 steps of 10": PruneSettings(sparsity=0.4, iterations=50),
 }
-CONTEXT, CONTEXTS = 1024, 4
-
 Kept = Mapping[str, Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("calibration")
-    parser.add_argument("text", type=Path)
-    parser.add_argument("out", type=Path)
-    options = parser.parse_args()
-    tokenizer, model = load_tokenizer("smollm2"), load_model("smollm2")
-    ids = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8")[: 8 * CONTEXT * CONTEXTS])["input_ids"])
-    batches = [{"input_ids": one[None], "labels": one[None]} for one in ids[: CONTEXT * CONTEXTS].view(-1, CONTEXT)]
+    given = read_arguments(__doc__, contexts=4)
+    model = given.model
 
     def kept_by(settings: PruneSettings) -> Kept:
-        data = [SourceConfig(options.calibration)]
-        return prune(copy.deepcopy(model), settings, calibration_from(tokenizer, settings, data, progress=False)).kept
+        return prune(copy.deepcopy(model), settings, given.calibration(settings)).kept
 
     def loss(kept: Kept) -> float:
-        return round(mean_loss(keep_components(copy.deepcopy(model), kept), batches), 4)
+        return round(mean_loss(keep_components(copy.deepcopy(model), kept), given.batches), 4)
 
     ours = kept_by(AT_ONCE)
     told = {"at once": loss(ours), "others": {}, "environment": describe_environment()}
@@ -75,7 +61,7 @@ def main() -> None:
         }
         told["others"][name] = found
         print(name, found, flush=True)
-        write_json(options.out, told)
+        write_json(given.out, told)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,7 @@ def iterate(
         scores, sparsities, importance = _measured(
             model, calibration(iteration - 1), progress, settings, measure, allocate
         )
-        counts = _counts(model, settings, target, sparsities, iteration, iterations)
-        chosen = strongest(scores, counts)
+        chosen = strongest(scores, _counts(model, settings, target, sparsities, iteration, iterations))
         model = keep_components(model, chosen)
         for name, ids in chosen.items():
             kept[name] = kept[name][ids]

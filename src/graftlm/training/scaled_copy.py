@@ -53,7 +53,7 @@ def narrow(model: PreTrainedModel, at_most: int) -> tuple[PreTrainedModel, int]:
     if layers_differ(model):
         return model, 1
     text: Any = model.config.get_text_config()
-    weights = sum(p.numel() for p in decoder_layers(model)[1][0].parameters())
+    weights = weights_in(decoder_layers(model)[1][0])
     widths = {name: getattr(text, name, None) or 1 for name in WIDTHS}
     times = 1
     while weights > at_most * times**2 and all(width % (4 * times) == 0 for width in widths.values()):
