@@ -157,6 +157,27 @@ def test_more_tasks_run_again(finished, tmp_path):
     assert "arc_easy (acc)" in latex_text(summary).replace("\\", "")
 
 
+def test_what_a_run_scored_before_is_kept(tmp_path):
+    """Two comparisons that share a run and differ in tasks do not undo each other."""
+
+    def scored(limit, *names):
+        results = {name: {"acc": 0.1 * limit} for name in names}
+        return {"settings": {"seed": 0}, "tasks": {"asked": list(names), "limit": limit, "results": results}}
+
+    def kept(first, second):
+        results = Results(tmp_path / "r.json")
+        results.put("run", first)
+        results.put("run", second)
+        (tmp_path / "r.json").unlink()
+        return next(results.records())["tasks"]
+
+    both = kept(scored(5, "a", "b"), scored(5, "b", "c"))
+    assert both == {"asked": ["a", "b", "c"], "limit": 5, "results": {name: {"acc": 0.5} for name in "abc"}}
+    assert kept(scored(5, "a"), {"settings": {"seed": 0}, "tasks": {}}) == scored(5, "a")["tasks"]
+    assert kept(scored(5, "a"), scored(9, "b")) == scored(9, "b")["tasks"]  # not of as many questions
+    assert kept(scored(5, "a") | {"settings": {"seed": 1}}, scored(5, "b")) == scored(5, "b")["tasks"]
+
+
 # --- what is said
 
 

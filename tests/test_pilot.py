@@ -13,10 +13,11 @@ from tiny_runs import tiny_config
 from graftlm import cli
 from graftlm.comparing import pilot as piloting
 from graftlm.comparing import process
-from graftlm.comparing.pilot import judge, pilot, plan_pilot, planned_steps, replay, replay_comparison
+from graftlm.comparing.pilot import pilot, plan_pilot, planned_steps
 from graftlm.comparing.process import RunFailed
 from graftlm.comparing.statistics import repeated_interval
 from graftlm.comparing.summary import summarise
+from graftlm.comparing.verdict import FASTER, check, judge, replay, replay_comparison
 from graftlm.errors import UserError
 from graftlm.training.run import train_one
 
@@ -42,11 +43,27 @@ def test_judge():
 def test_replay_stops_at_the_first_clear_look():
     gains = [0.1, 0.16, 0.1, 0.11, -5.0]
     assert judge(gains[:3]).answer == "undecided"
-    found = replay(gains)
+    found = replay(gains, gains)
     assert (found.answer, found.pairs) == ("pays", 4)  # and never sees the fifth
     assert found.gain == pytest.approx(np.mean(gains[:4]))
-    assert replay([0.1, -0.1] * 10).pairs == 5  # no more than are allowed
-    assert (replay([]).answer, replay([]).gain) == ("undecided", None)
+    assert replay([0.1, -0.1] * 10, []).pairs == 5  # no more than are allowed
+    assert (replay([], []).answer, replay([], []).gain) == ("undecided", None)
+
+
+def test_a_gain_is_checked_against_plain_training_at_a_higher_rate():
+    gains = [0.1, 0.101, 0.099]
+    for ahead, answer in [(0.02, "pays"), (0.11, "does not"), (0.5, "does not"), (0.0975, "undecided")]:
+        found = replay(gains, [gain - ahead for gain in gains])
+        assert (found.answer, found.gain) == (answer, pytest.approx(0.1))
+        assert found.over_faster == pytest.approx(0.1 - ahead)
+        assert found == check(judge(gains), [gain - ahead for gain in gains])
+    none = replay([-gain for gain in gains], [1.0, 1.0, 1.0])  # no gain, nothing to check
+    assert (none.answer, none.over_faster, none.over_faster_interval) == ("does not", None, None)
+
+
+def _replayed(gains, minimum_effect: float) -> str:
+    """Where a higher rate gains nothing."""
+    return replay(list(gains), list(gains), minimum_effect=minimum_effect).answer
 
 
 @pytest.mark.parametrize(("true", "wrong"), [(0.0, "pays"), (0.05, "does not")])
@@ -54,30 +71,38 @@ def test_a_replayed_pilot_is_rarely_wrong(true, wrong):
     """Stopping when it looks good does not make false answers: at most 5% (2.5% a side, here with a minimum effect in
     between)."""
     rng, trials = np.random.default_rng(7), 1_000
-    answers = [replay(list(rng.normal(true, 0.05, 5)), minimum_effect=0.025).answer for _ in range(trials)]
+    answers = [_replayed(rng.normal(true, 0.05, 5), 0.025) for _ in range(trials)]
     assert answers.count(wrong) / trials <= 0.05
-    at_the_border = [replay(list(rng.normal(0.025, 0.05, 5)), minimum_effect=0.025).answer for _ in range(trials)]
+    at_the_border = [_replayed(rng.normal(0.025, 0.05, 5), 0.025) for _ in range(trials)]
     assert 1 - at_the_border.count("undecided") / trials <= 0.06
 
 
 def test_a_clear_gain_is_found():
     rng = np.random.default_rng(8)
-    answers = [replay(list(rng.normal(0.05, 0.005, 5))).answer for _ in range(200)]
+    answers = [_replayed(rng.normal(0.05, 0.005, 5), 0.002) for _ in range(200)]
     assert answers.count("pays") > 190
 
 
 def test_replay_of_comparisons(tmp_path):
-    def summary(folder, gain):
-        comparison, cells = opened(write_comparison(tmp_path / folder, plain_multiples=[1]))
-        finish(cells, lambda cell: 3 + 0.001 * cell.seed**2 * (cell.arm == "apex") - gain * (cell.arm == "apex"))
+    faster = {"apex": {"method": "apex"}, "faster": {"method": "full", "learning_rate": 0.5}}
+
+    def summary(folder, gain, ahead=0.0):
+        given = write_comparison(tmp_path / folder, plain_multiples=[1], variants=faster)
+        comparison, cells = opened(given)
+        better = {"control": 0.0, "apex": gain, "faster": ahead}
+        finish(cells, lambda cell: 3 + 0.001 * cell.seed**2 * (cell.arm == "apex") - better[cell.arm])
         return summarise(comparison, cells, {})
 
-    (right,) = replay_comparison(summary("a", 0.1), summary("b", 0.05))
-    assert (right.name, right.verdict.answer, right.truth, right.right) == ("apex", "pays", "pays", True)
-    (misled,) = replay_comparison(summary("c", 0.1), summary("d", -0.05))
-    assert (misled.truth, misled.right) == ("does not", False)
-    (unknown,) = replay_comparison(summary("e", 0.1), summary("f", 0.003))
-    assert (unknown.truth, unknown.right) == ("undecided", None)
+    def replayed(short, long):
+        (found,) = replay_comparison(summary(*short), summary(*long), faster="faster")
+        return found.name, found.verdict.answer, found.truth, found.right
+
+    assert replayed(("a", 0.1), ("b", 0.05)) == ("apex", "pays", "pays", True)
+    assert replayed(("c", 0.1), ("d", -0.05)) == ("apex", "pays", "does not", False)
+    assert replayed(("e", 0.1), ("f", 0.003)) == ("apex", "pays", "undecided", None)
+    assert replayed(("g", 0.1, 0.2), ("h", -0.05)) == ("apex", "does not", "does not", True)
+    assert replayed(("i", 0.1, 0.2), ("j", 0.05)) == ("apex", "does not", "pays", False)
+    assert replayed(("k", 0.1), ("l", 0.05, 0.08)) == ("apex", "pays", "does not", False)  # plain gains more
 
 
 # --- the runs it makes
@@ -85,13 +110,22 @@ def test_replay_of_comparisons(tmp_path):
 
 @pytest.mark.parametrize("share", [0.05, 0.02])
 @pytest.mark.parametrize("pairs", [3, 5])
-def test_all_pairs_together_stay_in_the_budget(tmp_path, share, pairs):
+def test_all_pairs_and_the_check_stay_in_the_budget(tmp_path, share, pairs):
     config = tiny_config(tmp_path)
     plan = plan_pilot(config, 20_000, share=share, pairs=pairs)
-    assert 0.9 * share * plan.planned_tokens < pairs * plan.pair_tokens <= share * plan.planned_tokens
-    assert plan.config.max_steps == plan.steps
-    trained = 2 * plan.steps * 4 * config.max_length
-    assert plan.pair_tokens == trained + plan.config.apex.assess_samples * config.max_length
+    assert 0.9 * share * plan.planned_tokens < plan.most_tokens <= share * plan.planned_tokens
+    assert plan.config.max_steps == plan.steps and plan.pairs == pairs
+    trained = plan.steps * 4 * config.max_length
+    assert plan.run_tokens == trained
+    assessed = plan.config.apex.assess_samples * config.max_length
+    assert plan.most_tokens == pairs * (2 * trained + assessed) + 3 * trained
+
+
+def test_a_shorter_run_gets_fewer_pairs(tmp_path):
+    config = tiny_config(tmp_path)
+    planned = {steps: plan_pilot(config, steps) for steps in (1_900, 2_400, 2_800)}
+    assert {steps: plan.pairs for steps, plan in planned.items()} == {1_900: 3, 2_400: 4, 2_800: 5}
+    assert all(plan.steps == 10 and plan.most_tokens <= 0.05 * plan.planned_tokens for plan in planned.values())
 
 
 def test_the_schedule_is_scaled(tmp_path):
@@ -109,7 +143,7 @@ def test_the_schedule_is_scaled(tmp_path):
 @pytest.mark.parametrize(
     ("steps", "changes", "kwargs", "said"),
     [
-        (300, {}, {}, r"max_steps: 5.0% of 300 steps are 1 for each of 10 runs, and under 10 tell nothing"),
+        (300, {}, {}, r"max_steps: 5.0% of 300 steps are 1 for each run of 3 pairs, and under 10 tell nothing"),
         (9999, {"method": "full"}, {}, "method: full is what a pilot compares with"),
         (9999, {}, {"pairs": 2}, "pairs: 2 give no interval; at least 3"),
     ],
@@ -143,20 +177,46 @@ def test_a_pilot_from_its_runs_to_its_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "_train", train)
     config = tiny_config(tmp_path, max_steps=430, apex={"stages": 2}, learning_rate=3e-3, logging_steps=100)
     console = quiet()
-    report = pilot(config, share=0.15, pairs=3, console=console)
+    report = pilot(config, share=0.22, pairs=3, console=console)
     assert trained == [(m, s, () if m == "apex" else (0, 5)) for s in (0, 1, 2) for m in ("apex", "full")]
     assert report["pairs"] == 3 and report["steps"] == 10
-    assert report["answer"] == judge(report["gains"], pairs=3).answer
+    assert report["answer"] == judge(report["gains"], pairs=3).answer != "pays"  # or else it would go on
     assert 0.10 < report["share_used"] <= 0.15
     assert report["text"] in console.file.getvalue()
-    assert report == pilot(config, share=0.15, pairs=3, console=quiet()) | {"environment": report["environment"]}
+    assert report == pilot(config, share=0.22, pairs=3, console=quiet()) | {"environment": report["environment"]}
     assert len(trained) == 6
     left = {path.name for path in (tmp_path / "run-pilot").glob("*/*")}
     assert "summary.json" in left and not left & set(process.BIG)  # ten models would fill a disk
     kept = json.loads((tmp_path / "run-pilot" / "pilot.json").read_text())
     assert kept["interval"] == list(report["interval"])
     with pytest.raises(UserError, match="is of a pilot with other settings"):
-        pilot(dataclasses.replace(config, learning_rate=1e-3), share=0.15, pairs=3, console=quiet())
+        pilot(dataclasses.replace(config, learning_rate=1e-3), share=0.22, pairs=3, console=quiet())
+
+
+def test_a_gain_is_checked_with_runs_of_its_own(tmp_path, monkeypatch):
+    """Plain training at a higher rate, at the same seeds; its tokens count."""
+    asked = []
+
+    def record(config, settings, say):
+        asked.append((config.method, config.seed, config.learning_rate, config.apex.stage_learning_rates))
+        faster = config.method == "full" and config.learning_rate > 2e-3
+        loss = 3.0 - 0.05 * (config.method == "apex") - 0.2 * faster + 0.001 * config.seed
+        return {"eval_loss_end": loss, "stage_starts": [0, 5], "tokens": config.max_steps * 4 * config.max_length}
+
+    monkeypatch.setattr(piloting, "run_record", record)
+    rates = {"stages": 2, "stage_learning_rates": (2e-3, 1e-3)}
+    config = tiny_config(tmp_path, max_steps=2_000, apex=rates, learning_rate=2e-3)
+    report = pilot(config, console=quiet())
+    assert asked[6:] == [("full", seed, FASTER * 2e-3, (FASTER * 2e-3, FASTER * 1e-3)) for seed in (0, 1, 2)]
+    assert report["gain"] == pytest.approx(0.05) and report["over_faster"] == pytest.approx(-0.15)
+    assert report["answer"] == "does not" and report["share_used"] <= 0.05
+    assert (
+        report["tokens_used"]
+        == 9 * report["steps"] * 4 * config.max_length + 3 * plan_pilot(config, 2_000).assessed_tokens
+    )
+    assert (
+        "does not pay: gain +0.0500" in report["text"] and "-0.1500 (-0.1500 to -0.1500) over plain" in report["text"]
+    )
 
 
 def test_a_run_that_fails_ends_it(tmp_path, monkeypatch):

@@ -4,7 +4,9 @@
 set -eu
 on="base.data=$1/train.parquet base.eval_data=$1/validation.parquet"
 graftlm compare experiments/pilot/config.yaml $on
-# As `graftlm pilot` scales the run down: 5% of 2,125 steps for five pairs, an eighth of their sequences assessed.
+# As `graftlm pilot` scales the run down: 5% of 2,125 steps for three pairs and a check, an eighth of a run's sequences
+# assessed.
 graftlm compare experiments/pilot/config.yaml $on base.max_steps=10 base.apex.assess_samples=10 'seeds=[0,1,2,3,4]' \
     output_dir=runs/pilot/short
-python experiments/pilot/replay.py runs/pilot/short runs/pilot/long experiments/pilot/results.json
+python experiments/pilot/replay.py runs/pilot/short runs/pilot/long experiments/pilot/results.json \
+    --faster 'plain at 1.5 x the rate' --pairs 3

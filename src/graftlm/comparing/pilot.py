@@ -11,7 +11,8 @@ from rich.console import Console
 from graftlm.comparing.identity import key_of, settings_of
 from graftlm.comparing.process import RunFailed, check_writable, discard, run_record
 from graftlm.comparing.results import Record
-from graftlm.comparing.statistics import FEWEST, LEVEL, repeated_interval
+from graftlm.comparing.statistics import FEWEST, LEVEL
+from graftlm.comparing.verdict import FASTER, MINIMUM_EFFECT, PAIRS, check, judge
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import read_json, write_json
@@ -19,90 +20,11 @@ from graftlm.reporting import figures
 from graftlm.training.config import RunConfig
 from graftlm.training.control import control_config
 
-MINIMUM_EFFECT = 0.002
-"""Nats per token: a fifth of a percent of perplexity."""
 SHARE = 0.05
-PAIRS = 5
 FEWEST_STEPS = 10
 """Optimizer steps under which a run tells nothing."""
 ASSESSED = 8
 """Of a pilot run's sequences one in so many is assessed beforehand at most; they count as tokens."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a pilot says so far."""
-
-    answer: str
-    """`pays`, `does not`, or `undecided`."""
-    pairs: int
-    """Looked at when it was given."""
-    gain: float | None
-    """Mean of control minus method, nats per token: above 0 the method is better."""
-    interval: tuple[float, float] | None
-    """Holds the true mean with 95%, whichever look the pilot stopped at."""
-
-
-def judge(gains: Sequence[float], *, minimum_effect: float = MINIMUM_EFFECT, pairs: int = PAIRS) -> Verdict:
-    """The answer after these pairs, of at most `pairs`, looked at from the third on.
-
-    gains: control minus method of each pair. It pays when the whole interval lies above `minimum_effect`, it does not
-    when the whole interval lies below; `statistics.repeated_interval` holds at all looks together.
-    """
-    looks = pairs - FEWEST + 1
-    interval = repeated_interval(gains, looks)
-    mean = sum(gains) / len(gains) if gains else None
-    if interval is None:
-        return Verdict("undecided", len(gains), mean, None)
-    answer = "pays" if interval[0] > minimum_effect else "does not" if interval[1] < minimum_effect else "undecided"
-    return Verdict(answer, len(gains), mean, interval)
-
-
-def replay(gains: Sequence[float], *, minimum_effect: float = MINIMUM_EFFECT, pairs: int = PAIRS) -> Verdict:
-    """What a pilot would have said on pairs that have been run already (control minus method, in order): it stops at
-    the first clear look, and sees no more than `pairs` of them."""
-    verdict = judge([], minimum_effect=minimum_effect, pairs=pairs)
-    for count in range(1, min(pairs, len(gains)) + 1):
-        verdict = judge(gains[:count], minimum_effect=minimum_effect, pairs=pairs)
-        if verdict.answer != "undecided":
-            break
-    return verdict
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """One committed experiment: what a pilot on its short runs says, and what its long runs say."""
-
-    name: str
-    verdict: Verdict
-    truth: str
-    """Of the long runs, by their whole 95% t interval: `pays`, `does not`, or `undecided`."""
-
-    @property
-    def right(self) -> bool | None:
-        """Whether the pilot said what the long runs say; None where these say nothing themselves."""
-        return None if self.truth == "undecided" else self.verdict.answer == self.truth
-
-
-def replay_comparison(
-    short: Mapping[str, Any], long: Mapping[str, Any], *, minimum_effect: float = MINIMUM_EFFECT, pairs: int = PAIRS
-) -> list[Replayed]:
-    """Replay a pilot for every arm that two comparisons (comparison.json) have in common: one of short runs, whose
-    differences are the pilot's pairs in the order of their seeds, and one of long runs, which say what is true."""
-    truths = {arm["name"]: arm["difference"] for arm in long["arms"] if arm.get("difference")}
-    found = []
-    for arm in short["arms"]:
-        if arm.get("difference") and arm["name"] in truths:
-            gains = [-gap for gap in arm["difference"]["by_seed"].values()]
-            ends = truths[arm["name"]]["t_interval"]
-            truth = "undecided"
-            if ends is not None:  # of method minus control
-                truth = "pays" if -ends[1] > minimum_effect else "does not" if -ends[0] < minimum_effect else truth
-            found.append(Replayed(arm["name"], replay(gains, minimum_effect=minimum_effect, pairs=pairs), truth))
-    return found
-
-
-# --- running one -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -113,12 +35,22 @@ class Plan:
     """Of a pilot run, without seed and folder."""
     planned_tokens: int
     steps: int
-    pair_tokens: int
-    """Trained on and assessed, both runs together, at most."""
+    pairs: int
+    """At most."""
+    run_tokens: int
+    """That a run trains on."""
+    assessed_tokens: int
+    """Assessed for a pair, at most."""
+
+    @property
+    def most_tokens(self) -> int:
+        """Of all pairs, and of the check of a gain."""
+        return self.pairs * (2 * self.run_tokens + self.assessed_tokens) + FEWEST * self.run_tokens
 
 
 def plan_pilot(config: RunConfig, total_steps: int, *, share: float = SHARE, pairs: int = PAIRS) -> Plan:
-    """The same run with its whole schedule and its stages scaled down, so that `pairs` pairs fit into the budget.
+    """The same run with its whole schedule and its stages scaled down, so that as many pairs as possible, at most
+    `pairs`, and the check of a gain fit into the budget.
 
     total_steps: of the planned run. Raises UserError where a run would be too short to tell anything.
     """
@@ -128,16 +60,15 @@ def plan_pilot(config: RunConfig, total_steps: int, *, share: float = SHARE, pai
         raise UserError(f"pairs: {pairs} give no interval; at least {FEWEST}")
     sequences = config.per_device_train_batch_size * config.gradient_accumulation_steps
     step_tokens = sequences * config.max_length
-    budget = share * total_steps * step_tokens / pairs
-    steps = int(budget / (step_tokens * (2 + 1 / ASSESSED)))
     stages = config.apex.stages if config.method == "apex" else 1
     fewest = max(FEWEST_STEPS, 2 * stages)
+    while (steps := int(share * total_steps / _runs(pairs))) < fewest and pairs > FEWEST:
+        pairs -= 1
     if steps < fewest:
-        needed = -(-fewest * pairs * (2 + 1 / ASSESSED) // share)
+        needed = -(-fewest * _runs(pairs) // share)
         raise UserError(
-            f"max_steps: {share:.1%} of {total_steps:,} steps are {steps} for each of {2 * pairs} runs, and under "
-            f"{fewest} tell nothing; a pilot is for runs of {needed:,.0f} steps or more (or give fewer pairs, or a "
-            "larger share)"
+            f"max_steps: {share:.1%} of {total_steps:,} steps are {steps} for each run of {pairs} pairs, and under "
+            f"{fewest} tell nothing; a pilot is for runs of {needed:,.0f} steps or more (or give a larger share)"
         )
     scale = steps / total_steps
     apex = config.apex
@@ -150,8 +81,14 @@ def plan_pilot(config: RunConfig, total_steps: int, *, share: float = SHARE, pai
         length = max(1.0, length * scale)
     small = dataclasses.replace(apex, assess_samples=assessed, stage_length=length, stage_by=by)
     pilot_config = dataclasses.replace(config, apex=small, max_steps=steps, control=False, save_steps=0)
-    tokens = 2 * steps * step_tokens + assessed * config.max_length
-    return Plan(pilot_config, total_steps * step_tokens, steps, tokens)
+    return Plan(
+        pilot_config, total_steps * step_tokens, steps, pairs, steps * step_tokens, assessed * config.max_length
+    )
+
+
+def _runs(pairs: int) -> float:
+    """How many runs' tokens so many pairs take, with what is assessed, and with the check of a gain."""
+    return pairs * (2 + 1 / ASSESSED) + FEWEST
 
 
 def pilot(
@@ -163,7 +100,8 @@ def pilot(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run pairs (seeds config.seed, config.seed + 1, ...) until the answer is clear, the budget or the pairs are used
-    up; prints the answer in one line and writes it to OUTPUT_DIR-pilot/pilot.json, which it returns.
+    up, and check a gain against plain training at a higher rate; prints the answer in one line and writes it to
+    OUTPUT_DIR-pilot/pilot.json, which it returns.
 
     A pilot that was stopped goes on: finished runs are kept there. Raises UserError for a planned run that is too
     short, without held-out data, or whose pilot runs fail.
@@ -173,18 +111,33 @@ def pilot(
     folder = Path(f"{config.output_dir}-pilot")
     check_writable(folder)
     gains: list[float] = []
-    records: list[tuple[Record, Record]] = []
-    verdict = judge(gains, minimum_effect=minimum_effect, pairs=pairs)
-    while verdict.answer == "undecided" and len(gains) < pairs:
-        pair = _run_pair(plan.config, config.seed + len(gains), folder, console)
-        if pair[0]["eval_loss_end"] is None:
+    own: list[Record] = []
+    records: list[Record] = []
+    verdict = judge(gains, minimum_effect=minimum_effect, pairs=plan.pairs)
+    while verdict.answer == "undecided" and len(gains) < plan.pairs:
+        record, control = _run_pair(plan.config, config.seed + len(gains), folder, console)
+        if record["eval_loss_end"] is None:
             raise UserError("eval_data: there is none to measure on; give eval_data, or an eval_fraction above 0")
-        records.append(pair)
-        gains.append(pair[1]["eval_loss_end"] - pair[0]["eval_loss_end"])
-        verdict = judge(gains, minimum_effect=minimum_effect, pairs=pairs)
-        console.print(f"pair {len(gains)} of at most {pairs}: gain {gains[-1]:+.4f} nats per token", highlight=False)
-    used = sum(a["tokens"] + b["tokens"] for a, b in records)
-    assessed = len(records) * plan.config.apex.assess_samples * config.max_length if config.method == "apex" else 0
+        own.append(record)
+        records += [record, control]
+        gains.append(control["eval_loss_end"] - record["eval_loss_end"])
+        verdict = judge(gains, minimum_effect=minimum_effect, pairs=plan.pairs)
+        console.print(
+            f"pair {len(gains)} of at most {plan.pairs}: gain {gains[-1]:+.4f} nats per token", highlight=False
+        )
+    if verdict.answer == "pays":
+        console.print(f"ahead of plain training; is that more than {FASTER:g} times the rate gives?", highlight=False)
+        faster = [
+            _run_faster(plan.config, config.seed + number, own[number]["stage_starts"], folder, console)
+            for number in range(FEWEST)
+        ]
+        records += faster
+        over = [
+            control["eval_loss_end"] - record["eval_loss_end"] for control, record in zip(faster, own, strict=False)
+        ]
+        verdict = check(verdict, over, minimum_effect=minimum_effect)
+    assessed = len(own) * plan.assessed_tokens if config.method == "apex" else 0
+    used = sum(record["tokens"] for record in records) + assessed
     report = {
         "method": config.method,
         "model": config.model,
@@ -192,11 +145,12 @@ def pilot(
         "gains": gains,
         "minimum_effect": minimum_effect,
         "level": LEVEL,
-        "pairs_at_most": pairs,
+        "faster": FASTER,
+        "pairs_at_most": plan.pairs,
         "steps": plan.steps,
-        "tokens_used": used + assessed,
+        "tokens_used": used,
         "tokens_planned": plan.planned_tokens,
-        "share_used": (used + assessed) / plan.planned_tokens,
+        "share_used": used / plan.planned_tokens,
         "environment": describe_environment(),
     }
     report["text"] = text(report)
@@ -211,10 +165,14 @@ def text(report: Mapping[str, Any]) -> str:
     name = figures.method_name(report["method"])
     said = {"pays": f"{name} pays", "does not": f"{name} does not pay", "undecided": f"{name}: undecided"}
     low, high = report["interval"]
+    checked = ""
+    if report["over_faster"] is not None:
+        ends = "{:+.4f} to {:+.4f}".format(*report["over_faster_interval"])
+        checked = f", {report['over_faster']:+.4f} ({ends}) over plain training at {report['faster']:g} times the rate"
     return (
         f"{said[report['answer']]}: gain {report['gain']:+.4f} nats per token (95% interval {low:+.4f} to {high:+.4f}, "
-        f"minimum effect {report['minimum_effect']:g}) over {report['pairs']} pairs of {report['steps']} steps, "
-        f"{report['share_used']:.1%} of the planned tokens"
+        f"minimum effect {report['minimum_effect']:g}) over {report['pairs']} pairs of {report['steps']} steps"
+        f"{checked}, {report['share_used']:.1%} of the planned tokens"
     )
 
 
@@ -241,6 +199,20 @@ def _run_pair(config: RunConfig, seed: int, folder: Path, console: Console) -> t
         control_config(own, record["stage_starts"]), output_dir=str(folder / f"seed{seed}-control")
     )
     return record, _run(control, console)
+
+
+def _run_faster(config: RunConfig, seed: int, stage_starts: Sequence[int], folder: Path, console: Console) -> Record:
+    """The control of one seed at FASTER times its learning rate."""
+    rates = config.apex.stage_learning_rates
+    apex = dataclasses.replace(config.apex, stage_learning_rates=rates and tuple(FASTER * rate for rate in rates))
+    faster = dataclasses.replace(
+        control_config(config, stage_starts),
+        seed=seed,
+        learning_rate=FASTER * config.learning_rate,
+        apex=apex,
+        output_dir=str(folder / f"seed{seed}-faster"),
+    )
+    return _run(faster, console)
 
 
 def _run(config: RunConfig, console: Console) -> Record:

@@ -47,11 +47,22 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.path.parent, f".{self.path.name}.lock"):
             self._read()  # another session may have finished runs of its own meanwhile
-            self._cells[key] = record
+            self._cells[key] = _with_tasks_of(record, self._cells.get(key))
             write_json(self.path, {"format": FORMAT, "cells": dict(sorted(self._cells.items()))})
 
     def records(self) -> Iterator[Record]:
         yield from self._cells.values()
+
+
+def _with_tasks_of(record: Record, earlier: Record | None) -> Record:
+    """The record of a run that was done again for other tasks, with what it scored before on as many questions."""
+    if earlier is None or not earlier.get("tasks") or not same_settings(earlier["settings"], record["settings"]):
+        return record
+    old, new = earlier["tasks"], record.get("tasks") or {"asked": [], "limit": earlier["tasks"]["limit"], "results": {}}
+    if old["limit"] != new["limit"]:
+        return record
+    asked = list(dict.fromkeys([*old["asked"], *new["asked"]]))
+    return {**record, "tasks": {"asked": asked, "limit": new["limit"], "results": old["results"] | new["results"]}}
 
 
 def record_of(run: RunData, settings: Mapping[str, Any], *, wall_seconds: float, tasks: Mapping[str, Any]) -> Record:
