@@ -5,14 +5,17 @@ import random
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
 from graftlm import cli
 from graftlm.errors import UserError
 from graftlm.models import load_model, load_tokenizer
 from graftlm.pruning import run
 from graftlm.pruning.calibration import calibration_from
+from graftlm.pruning.notes import notes_on, unused
 from graftlm.pruning.prune import count_parameters
-from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.prune import prune as prune_model
+from graftlm.pruning.settings import METHODS, PruneSettings
 from graftlm.training.config import SourceConfig
 
 
@@ -124,6 +127,57 @@ def test_a_folder_that_is_no_pruned_model_stays(text, tmp_path, capsys):
     assert (mine / "thesis.txt").read_text() == "years of work"
 
 
+def test_what_lies_beside_a_pruned_model_stays(text, tmp_path, capsys):
+    out = tmp_path / "small"
+    given = ("--sparsity", "0.3", "--data", str(text), "--out", str(out))
+    assert prune(*given) == 0 and prune(*given) == 0
+    (out / "small-q8_0.gguf").write_text("GGUF")
+    assert prune(*given) == 2
+    assert "holds small-q8_0.gguf beside a pruned model" in capsys.readouterr().err
+    assert (out / "small-q8_0.gguf").exists()
+
+
+def test_what_cannot_be_is_said_before_anything_is_read(text, tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model"
+    load_model("tiny-llama").save_pretrained(model)
+    load_tokenizer("tiny-llama").save_pretrained(model)
+    monkeypatch.setattr(run, "calibration_from", None)
+    monkeypatch.setattr(run, "load_model", None)
+    for words, says in [
+        (("--sparsity", "0.99", "--out", str(tmp_path / "small")), "is more than can go"),
+        (("--target-parameters", "1B", "--out", str(tmp_path / "small")), "is above the model's"),
+        (("--sparsity", "0.3", "--out", "/proc/nowhere/small"), "/proc/nowhere"),
+    ]:
+        assert cli.main(["prune", str(model), "--data", str(text), *words]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_notes_on_what_has_no_effect_and_on_a_class_of_its_own():
+    def told(method, **given):
+        return unused(PruneSettings(method=method, sparsity=0.2, **given))
+
+    assert told("adapt", amplitude=0.5, rule="literal", similarity="manhattan") == []
+    assert told("adapt", amplitude=0.5, uniform=True) == ["amplitude"]
+    assert told("llm-pruner", amplitude=0.7, rule="literal", similarity="manhattan", sheared_steps=9) == [
+        *("amplitude", "rule", "similarity", "sheared_steps")
+    ]
+    assert told("llm-pruner", amplitude=0.7, uniform=False) == []
+    assert told("shortgpt", uniform=True, min_groups=2, min_channels=190, similarity="euclidean") == [
+        *("uniform", "min_groups", "min_channels")
+    ]
+    assert all(told(method) == [] for method in METHODS)
+
+    class Calibration:
+        def __call__(self, iteration):
+            return [{"input_ids": torch.arange(16)[None]}]
+
+    model = tiny_model(num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+    pruned = prune_model(model, PruneSettings("magnitude", sparsity=0.25, amplitude=0.5), Calibration())
+    own, without = notes_on(pruned)
+    assert "transformers has no LlamaConfig of 6 heads, 3 key-value groups" in own
+    assert without == "without effect on magnitude: amplitude"
+
+
 def test_what_a_killed_run_left_is_removed(tmp_path):
     left = tmp_path / ".small.unfinished-abc"
     left.mkdir()
@@ -153,6 +207,7 @@ def test_an_interrupted_run_leaves_nothing(text, tmp_path, monkeypatch, capsys):
         (("--sparsity", "0.2", "--width-multiple", "256"), "192 channels"),
         (("--sparsity", "0.2", "--samples", "1", "--sample-length", "4096"), "sequences of 4096 tokens"),
         (("--sparsity", "2"), "between 0 and 1"),
+        (("--sparsity", "0.2", "--seed", "-1"), "seed -1 must be at least 0"),
         ((), "one of the two"),
         (("--sparsity", "0.2", "sampels=3"), "sampels"),
         (("--sparsity", "0.2", "other-model"), "one MODEL"),

@@ -21,12 +21,14 @@ from graftlm.checkpointing import load_tensors_and_metadata
 from graftlm.errors import UserError
 from graftlm.files import locked
 from graftlm.models import load_model, load_tokenizer
+from graftlm.pruning.calibration import calibration_from
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shrink.config import load_shrink
 from graftlm.pruning.shrink.dry_run import dry_run
 from graftlm.pruning.shrink.phases import default_interleaves, ends_of, phases_of, sizes_of
 from graftlm.pruning.targets import find_target
 from graftlm.training.config import DistillationConfig
+from graftlm.training.data import prepare_data
 from graftlm.training.run import train_one
 
 ROOT = Path(__file__).parents[1]
@@ -217,6 +219,9 @@ def test_distillation_from_the_original(tmp_path):
         ({"target_parameters": 10**9}, "is above the model's 214,080"),
         ({"target_parameters": 10}, "is more than can go"),
         ({"prune": {"method": "slicegpt", "iterations": None}}, "slicegpt prunes a model only once"),
+        ({"prune": {"method": "shortgpt", "iterations": None}, "keep_moments": True}, "moments cannot survive it"),
+        ({"prune": {"method": "flap", "iterations": None}, "keep_moments": True}, "or prune.flap_compensation: false"),
+        ({"train": {"optim": "adafactor"}, "keep_moments": True}, "the state of optim: adafactor cannot be cut"),
         ({"max_steps": 3}, "max_steps: 3 steps are too few for 3 phases"),
     ],
 )
@@ -297,6 +302,34 @@ def test_tokens_become_steps(tmp_path):
 def test_data_may_be_streamed(tmp_path):
     summary = quiet_shrink(tiny_shrink(tmp_path, max_steps=3, interleaves=2, train={"streaming": True}))
     assert summary["steps"] == 3
+    assert not list((tmp_path / "cache").rglob("*.arrow"))  # nothing is tokenised that is not read
+
+
+def test_pruning_sees_no_document_that_is_held_out(tmp_path):
+    task = tiny_shrink(tmp_path, eval_data=(), prune={"samples": 1, "sample_length": 16}, train={"eval_fraction": 0.3})
+    tokenizer = load_tokenizer("tiny-llama")
+
+    def drawn(**given):
+        found = calibration_from(tokenizer, task.prune, task.settings.data, cache_dir=task.run.cache_dir, **given)
+        rows = [found.sequences[int(n)]["input_ids"] for n in [*found.numbers, *found.held_back]]
+        return {tuple(row.tolist()) for row in rows}
+
+    held = prepare_data(dataclasses.replace(task.run, max_length=16, packing=False), tokenizer).evaluation
+    held = {tuple(held[i]["input_ids"].tolist()) for i in range(len(held))}
+    assert held & drawn()
+    left = drawn(eval_fraction=0.3)
+    assert left and not held & left
+    streamed = drawn(eval_fraction=0.3, streaming=True)
+    assert streamed == left
+
+
+def test_dry_run_counts_what_pruning_sees(tmp_path):
+    def seconds(**prune):
+        return dry_run(tiny_shrink(tmp_path, prune={"iterations": None, **prune}))["phases"][0]["prune_seconds"]
+
+    once = seconds(method="flap")
+    assert seconds(method="sheared") > 20 * once  # its default is 100 steps
+    assert seconds(method="llm-pruner", heads_by="loss") > 1.5 * seconds(method="llm-pruner")
 
 
 def test_dry_run_tells_sizes_steps_time_and_memory(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import shutil
 import signal
 from pathlib import Path
 
@@ -110,6 +111,22 @@ def test_changed_data_is_refused(whole, model, tmp_path):
     data.write_text(data.read_text() + data.read_text())
     with pytest.raises(UserError, match=r"the data .* has changed"):
         quiet_shrink(task)
+
+
+def test_data_changed_between_phases_prune_nothing(whole, model, tmp_path):
+    """What pruning is calibrated on is part of the data, too."""
+    reference, _ = whole("moments")
+    task = make_shrink(tmp_path, "moments", model)
+    assert start(task, kill_at="phase_02/pruned") == -signal.SIGKILL
+    data = tmp_path / "text.jsonl"
+    shutil.copy2(data, tmp_path / "kept")
+    data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match=r"the data .* has changed"):
+        quiet_shrink(task)
+    assert not (tmp_path / "run/phase_02/pruned").exists()
+    shutil.copy2(tmp_path / "kept", data)
+    quiet_shrink(task)
+    assert_same_shrink(reference, tmp_path / "run")
 
 
 # --- slow ------------------------------------------------------------------------------------------------------------

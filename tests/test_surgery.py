@@ -1,6 +1,7 @@
 """Taking components and layers out of a model: against masking, against slicing by hand, in every family."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from graftlm.anatomy import PER_LAYER, decoder_layers, read_anatomy
 from graftlm.errors import UserError
 from graftlm.masking import masked
 from graftlm.parts import component_cost
+from graftlm.pruning import surgery
 from graftlm.pruning.shapes import LayerShape, shapes_of
 from graftlm.pruning.surgery import add_output_biases, keep_components, keep_layers, kept_slices, prunable_blocks
 
@@ -182,6 +184,22 @@ def test_heads_that_a_stock_config_refuses():
     assert smaller.config.model_type == PER_LAYER + "llama"
     assert shapes_of(smaller) == [LayerShape(6, 3, 24)] * 2
     torch.testing.assert_close(logits(smaller), want, rtol=0, atol=5e-6)
+
+
+def test_a_parameter_dies_when_its_turn_is_over(monkeypatch):
+    """No second model is ever held."""
+    model = tiny_model()
+    old = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+    alive = []
+    sliced = surgery._sliced
+
+    def watched(tensor, positions):
+        alive.append(sum(ref() is not None for ref in old.values()))
+        return sliced(tensor, positions)
+
+    monkeypatch.setattr(surgery, "_sliced", watched)
+    keep_components(model, {"layer0_channels": torch.tensor([2, 7])})
+    assert alive[-1] <= 2 and len(alive) >= len(old)
 
 
 def test_components_that_do_not_exist():

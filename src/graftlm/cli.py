@@ -17,6 +17,13 @@ from graftlm import verbs
 from graftlm.errors import AgreedError, UserError
 from graftlm.pruning import cli as pruning
 
+LESS_MEMORY = {
+    "train": "try a smaller per_device_train_batch_size (raise gradient_accumulation_steps instead) or max_length, or "
+    "gradient_checkpointing=true",
+    "prune": "try --dtype bfloat16, or a smaller sample_length",
+    "export": "try --no-check, or --quantize f16",
+}
+"""Verb -> what to do about too little of it; train's for all others."""
 MODEL_HELP = "a folder, a Hub id, a .gguf file, or the built-in smollm2 or tiny-llama"
 
 
@@ -64,8 +71,7 @@ def _explain(error: BaseException, args: argparse.Namespace) -> tuple[int, str]:
         return 1, f"the disk is full ({error.filename or text}); free space, then {_how_to_resume(args)}"
     # By name: torch may not be imported, and its CPU allocator raises a plain RuntimeError.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        smaller = "a smaller per_device_train_batch_size (raise gradient_accumulation_steps instead) or max_length"
-        return 1, f"out of memory; try {smaller}, or gradient_checkpointing=true"
+        return 1, f"out of memory; {LESS_MEMORY.get(getattr(args, 'verb', ''), LESS_MEMORY['train'])}"
     hint = "" if args.debug else "; run again with --debug"
     return 1, f"unexpected {type(error).__name__}: {text}{hint}"
 

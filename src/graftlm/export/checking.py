@@ -63,10 +63,14 @@ class Check:
 def check(file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str, threads: int = 1) -> Check:
     """Run `file` with llama.cpp beside `model` on a short text, and let both tokenise others.
 
-    `model` is float64 afterwards, or float32 where it is large. Raises UserError where the two differ by more than
-    numbers of that `kind` explain, or in a token, and when llama.cpp does not take the file.
+    `model` is float64 afterwards, or where it is large float32 for a file of float32, and as it is for others. Raises
+    UserError where the two differ by more than numbers of that `kind` explain, or in a token, and when llama.cpp does
+    not take the file.
     """
-    model = model.double() if model.num_parameters() <= FLOAT64_UP_TO else model.float()
+    if model.num_parameters() <= FLOAT64_UP_TO:
+        model = model.double()
+    elif kind not in CORRELATION:
+        model = model.float()
     texts = [*TEXTS, _with_specials(tokenizer)]
     ids = tokenizer(TEXT)["input_ids"][:POSITIONS]
     if not ids:

@@ -1,5 +1,6 @@
 """A model as a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), which llama.cpp runs."""
 
+import glob
 import importlib.metadata
 import json
 import math
@@ -21,7 +22,7 @@ from graftlm.export.facts import Facts, read_facts
 from graftlm.export.targets import Target, check_family, choose_target
 from graftlm.export.tensors import Piece, pieces, written_shapes
 from graftlm.export.vocabulary import write_vocabulary
-from graftlm.files import atomic_path
+from graftlm.files import atomic_path, remove_unfinished
 
 KINDS = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -94,6 +95,7 @@ def export_gguf(
         raw = own in (GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0)
         dtype = np.dtype(np.uint8 if raw else np.float16 if own == GGMLQuantizationType.F16 else np.float32)
         writer.add_tensor_info(piece.name, shape if raw else piece.shape, dtype, size, own if raw else None)
+    remove_unfinished(path.parent, glob.escape(path.name))  # of an export that was killed
     with atomic_path(path) as temporary:
         try:
             writer.write_header_to_file(temporary)

@@ -1,8 +1,10 @@
 """The sequences that importance is measured on: drawn anew for every iteration, by seed."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from graftlm.errors import UserError
 from graftlm.pruning.base import Batch
 from graftlm.pruning.settings import PruneSettings
 from graftlm.training.config import RunConfig, SourceConfig
-from graftlm.training.data import PreparedData, prepare_data
+from graftlm.training.data import prepare_data
 
 TOKENS_A_PASS = 640
 """Of one batch (or one sequence, if longer): what a backward pass keeps grows with it, about 1.5 MB a token for a model
@@ -28,7 +30,8 @@ HELD_OUT, HELD_OUT_SHARE = 64, 1 / 8
 class TextCalibration:
     """Sequences of text, each of `length` tokens and from one document; a Calibration (base.py)."""
 
-    data: PreparedData
+    sequences: Sequence[dict[str, Any]]
+    """Items with input_ids: those to draw from, among others."""
     numbers: np.ndarray
     """Of the sequences to draw from."""
     held_back: np.ndarray
@@ -55,7 +58,7 @@ class TextCalibration:
     def _batches(self, numbers: Sequence[int] | np.ndarray) -> list[Batch]:
         if not len(numbers):
             return []
-        rows = np.stack([self.data.train[int(number)]["input_ids"] for number in numbers])
+        rows = np.stack([self.sequences[int(number)]["input_ids"] for number in numbers])
         ids = torch.from_numpy(rows.astype(np.int64))  # [sequences, length]
         return [{"input_ids": part, "labels": part} for part in ids.split(max(1, TOKENS_A_PASS // self.length))]
 
@@ -66,12 +69,16 @@ def calibration_from(
     data: Sequence[SourceConfig] | None = None,
     *,
     cache_dir: str | None = None,
+    streaming: bool = False,
+    eval_fraction: float = 0.0,
     progress: bool = True,
 ) -> TextCalibration:
     """Sequences of `data` to measure importance on: text or conversations, cut into pieces of sample_length tokens, of
     which the shorter ones are left out.
 
     data: None: the text that `graftlm demo` trains on, and a note says so.
+    streaming: of each source no more is read than the first POOL sequences.
+    eval_fraction: of a run on the same data, whose held-out documents are left out.
 
     Raises UserError for data that cannot be read or are shorter than settings.samples sequences.
     """
@@ -87,19 +94,22 @@ def calibration_from(
         "calibration",
         tuple(data),
         packing=False,
-        eval_fraction=0.0,
+        eval_fraction=eval_fraction,
         max_length=length,
         assistant_only_loss=False,
         truncation="truncate",
         cache_dir=cache_dir,
+        streaming=streaming,
+        max_steps=1,  # unused; a stream has no length
     )
-    prepared = prepare_data(config, tokenizer, progress=progress)
-    there = len(prepared.train)  # type: ignore[arg-type]
+    train: Any = prepare_data(config, tokenizer, progress=progress).train
+    sequences = list(itertools.islice(train, POOL)) if streaming else train
+    there = len(sequences)
     candidates = np.arange(there) if there <= POOL else np.linspace(0, there - 1, POOL).round().astype(np.int64)
-    whole = np.array([n for n in candidates if len(prepared.train[int(n)]["input_ids"]) == length], np.int64)
+    whole = np.array([n for n in candidates if len(sequences[int(n)]["input_ids"]) == length], np.int64)
     if len(whole) < settings.samples:
         names = ", ".join(source.path for source in data)
-        tokens = prepared.statistics.tokens
+        tokens = sum(len(sequences[n]["input_ids"]) for n in range(there))
         raise UserError(
             f"prune: {names}: {len(whole)} sequences of {length} tokens ({tokens:,} tokens in all, shorter documents "
             f"left out), and an iteration needs {settings.samples}; give more text, or smaller samples or sample_length"
@@ -108,4 +118,4 @@ def calibration_from(
     numbers = np.arange(len(whole))
     back = numbers[[i * len(whole) // held for i in range(held)]] if held else numbers[:0]
     numbers = np.setdiff1d(numbers, back)
-    return TextCalibration(prepared, whole[numbers], whole[back], settings.samples, length, settings.seed, notes)
+    return TextCalibration(sequences, whole[numbers], whole[back], settings.samples, length, settings.seed, notes)

@@ -56,7 +56,7 @@ def _prune(verb: Verb, model_help: str) -> None:
     parser.add_argument(
         "--uniform",
         action=argparse.BooleanOptionalAction,
-        help="every layer loses the same, and the model stays a stock checkpoint (default: as the method does)",
+        help="every layer loses the same, which a stock class can mostly hold (default: as the method does)",
     )
     parser.add_argument("--iterations", type=int, metavar="T", help="steps (default: as the method does; adapt 50)")
     parser.add_argument(

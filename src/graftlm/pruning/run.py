@@ -3,6 +3,7 @@
 import glob
 import math
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,19 +14,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from transformers import PreTrainedModel
 
 from graftlm.anatomy import decoder_layers
 from graftlm.errors import UserError
-from graftlm.files import remove_unfinished
+from graftlm.files import plain_disk_errors, remove_unfinished
 from graftlm.held_out import mean_loss
-from graftlm.models import check_vocabulary, load_model, load_tokenizer
+from graftlm.models import check_vocabulary, load_model, load_skeleton, load_tokenizer
 from graftlm.parts import count_parameters
 from graftlm.progress import step_bar
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.calibration import TextCalibration, calibration_from
+from graftlm.pruning.notes import WHOLE, notes_on
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import SUMMARY, save_pruned
 from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.shapes import per_layer_config_class
+from graftlm.pruning.targets import asked_parameters, find_target
 from graftlm.reporting.pruning import write_report
 from graftlm.training.config import SourceConfig
 
@@ -33,6 +38,11 @@ ROWS = 8
 """Of the table of layers."""
 LINES = 10
 """Of progress, at most, where there is no terminal."""
+OWN_FILES = (
+    *("*.json", "*.jinja", "*.model", "*.py", "*.safetensors", "*.tiktoken", "*.txt"),
+    *("README.md", "report.html", "plots"),
+)
+"""What a pruned model's folder holds: weights, configs, tokenizer, class, card and report."""
 
 
 def run_prune(
@@ -57,6 +67,7 @@ def run_prune(
         raise UserError(f"prune: --out {out} is the model's own folder; name another")
     check_out(out)
     tokenizer = load_tokenizer(model_name, trust_remote_code=trust_remote_code)
+    _check_target(load_skeleton(model_name, trust_remote_code=trust_remote_code), settings)
     calibration = calibration_from(tokenizer, settings, data, progress=progress)
     model = load_model(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer)
@@ -71,7 +82,7 @@ def run_prune(
     with _Bar(settings.method, progress) as bar:
         pruned = prune(model, settings, calibration, bar.step)
     after = _loss(pruned.model, calibration)
-    pruned = replace(pruned, notes=(*calibration.notes, *pruned.notes))
+    pruned = replace(pruned, notes=(*calibration.notes, *notes_on(pruned)))
     where = ", ".join(source.path for source in data) if data else "the demo's text"
     measured = {
         "calibration": calibration.size,
@@ -89,13 +100,35 @@ def run_prune(
 
 
 def check_out(out: Path) -> None:
-    """Raise UserError where `out` is anything but new, empty, or a pruned model (which is replaced). What a killed
-    process left of writing it is removed, and what it had moved aside is put back."""
+    """Raise UserError where `out` is anything but new, empty, or a pruned model and nothing else (which is replaced),
+    or cannot be written. What a killed process left of writing it is removed, and what it had moved aside is put
+    back."""
     remove_unfinished(out.parent, glob.escape(out.name))
     if out.is_dir() and not ((out / SUMMARY).is_file() or not any(out.iterdir())):
         raise UserError(f"{out}: is there and is no pruned model (no {SUMMARY}); give another --out, or delete it")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a folder as --out")
+    if out.is_dir():
+        ours = {path for pattern in OWN_FILES for path in out.glob(pattern)}
+        if others := sorted(path.name for path in out.iterdir() if path not in ours):
+            raise UserError(
+                f"{out}: holds {others[0]} beside a pruned model, which would be deleted with it; move it away, or "
+                "give another --out"
+            )
+    with plain_disk_errors(out):  # now rather than when there is something to lose
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+
+
+def _check_target(skeleton: PreTrainedModel | None, settings: PruneSettings) -> None:
+    """Raise UserError for a family or a size that cannot be, before data and weights are read. None: read first."""
+    if skeleton is None:
+        return
+    per_layer_config_class(skeleton.config)
+    asked_parameters(skeleton, settings)
+    if settings.method not in WHOLE:
+        find_target(skeleton, settings, uniform=bool(settings.uniform))
 
 
 def layer_parameters(model: nn.Module) -> list[int]:

@@ -96,7 +96,7 @@ class PruneSettings:
                 f"prune: amplitude {self.amplitude} must not be negative; 0 is no difference between layers"
             )
         lowest = {"target_parameters": 1, "iterations": 1, "samples": 1, "sample_length": 2, "width_multiple": 1}
-        for name, least in {**lowest, "min_groups": 0, "min_channels": 0}.items():
+        for name, least in {**lowest, "min_groups": 0, "min_channels": 0, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"prune: {name} {value} must be at least {least}")

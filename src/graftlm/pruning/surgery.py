@@ -137,10 +137,13 @@ def rebuilt(
     with torch.device("meta"), no_init_weights():
         new: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     wanted = dict(new.named_parameters())
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # tied ones would live on
+    # By name, so that a parameter dies when its turn is over; tied ones under both of theirs, or they would live on.
+    for name in [name for name, _ in model.named_parameters(remove_duplicate=False)]:
         place = renamed(name)
-        tensor = part(name, parameter.data) if place in wanted else None
         owner, leaf = _owner(model, name)
+        parameter = owner._parameters[leaf]
+        assert parameter is not None
+        tensor = part(name, parameter.data) if place in wanted else None
         owner._parameters[leaf] = None
         if tensor is None or place is None:
             continue

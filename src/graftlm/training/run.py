@@ -94,7 +94,7 @@ def train_one(config: RunConfig, *, resume: bool = False, lean: bool = False) ->
         data = prepare_data(config, tokenizer, progress=is_main())
     seen = {"fingerprint": data.fingerprint, "sequences": data.statistics.blocks, "tokens": data.statistics.tokens}
     agree("the training data", seen, "give every machine the same files and tokenizer")
-    on_main(lambda: check_same_data(run, data, goes_on=checkpoint is not None))
+    on_main(lambda: check_same_data(run, data, goes_on=checkpoint is not None or config.phase is not None))
     with sharing_errors():
         model = _open_model(config)
         check_vocabulary(model, tokenizer)

@@ -4,12 +4,15 @@ Time and memory are those that training/estimates.py gives for a run on the orig
 phase's step takes as much less time as its model has fewer parameters.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from graftlm.pruning.calibration import TOKENS_A_PASS
+from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shrink.config import Shrink
 from graftlm.pruning.shrink.phase_pruning import prune_settings
 from graftlm.pruning.shrink.phases import Phase
@@ -51,7 +54,7 @@ def _phase(task: Shrink, phase: Phase, planned: dict[str, Any], run: dict[str, A
     before = planned["phases"][phase.number - 2]["parameters"] if phase.number > 1 else planned["original_parameters"]
     step, tokens = run["estimated_step_seconds"], run["tokens_per_step"]
     pruning = prune_settings(task, phase, len(planned["phases"]))
-    seen = (pruning.iterations or 1) * pruning.samples * pruning.sample_length if before > phase.parameters else 0
+    seen = _tokens_seen(pruning, planned["original_shapes"]) if before > phase.parameters else 0
     whole = planned["original_parameters"]
     return {
         "number": phase.number,
@@ -63,6 +66,18 @@ def _phase(task: Shrink, phase: Phase, planned: dict[str, Any], run: dict[str, A
         "seconds": None if step is None else phase.steps * step * phase.parameters / whole,
         "prune_seconds": None if step is None else seen / tokens * step * before / whole,
     }
+
+
+def _tokens_seen(pruning: PruneSettings, shapes: Sequence[Mapping[str, Any]]) -> float:
+    """Tokens of training that take as long as a phase's pruning."""
+    tokens = pruning.samples * pruning.sample_length
+    if pruning.method == "sheared":  # steps of training
+        return pruning.sheared_steps * tokens
+    seen = (pruning.iterations or 1) * tokens
+    if pruning.heads_by == "loss":  # forward passes, a third of a step of training, on a pass's tokens
+        groups = sum(shape["num_key_value_heads"] for shape in shapes)
+        seen += (pruning.iterations or 1) * groups * min(tokens, max(TOKENS_A_PASS, pruning.sample_length)) / 3
+    return seen
 
 
 def _print(task: Shrink, told: dict[str, Any], console: Console) -> None:

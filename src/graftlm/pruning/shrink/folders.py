@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftlm.files import atomic_folder, read_json, write_json
+from graftlm.files import atomic_folder
 from graftlm.pruning.shrink.phases import Phase
 from graftlm.training.checkpoints import list_checkpoints
 
@@ -57,13 +57,10 @@ class PhaseFolder:
         """The trained model."""
         return self.train / "model"
 
-    def put_checkpoint(self, before: "PhaseFolder") -> None:
-        """Give the run folder the checkpoint that its training begins with, where it has none yet; and what tells the
-        run that it must see the data of the phase before."""
+    def put_checkpoint(self) -> None:
+        """Give the run folder the checkpoint that its training begins with, where it has none yet."""
         if list_checkpoints(self.train):
             return
-        # Before the checkpoint, which says that everything is there.
-        write_json(self.train / "data.json", read_json(before.train / "data.json"))
         with atomic_folder(self.train / "checkpoints" / f"step-{self.phase.first}") as temporary:
             for file in [*self.pruned.glob("*.safetensors*"), self.pruned / "config.json"]:
                 _link(file, temporary / file.name)

@@ -18,6 +18,7 @@ from graftlm.models import load_model, load_skeleton, load_tokenizer
 from graftlm.parts import count_parameters
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.calibration import calibration_from
+from graftlm.pruning.notes import notes_on
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import save_pruned
 from graftlm.pruning.settings import PruneSettings
@@ -31,6 +32,7 @@ from graftlm.training.data import prepare_data
 from graftlm.training.data.dynamic import DynamicBlocks
 from graftlm.training.layout import run_device
 from graftlm.training.phases import write_phase_start
+from graftlm.training.run_folder import check_same_data
 
 ADAPT_ITERATIONS = 50
 """Of Adapt-Pruner from the original to the target, which phases share out."""
@@ -66,6 +68,9 @@ def prune_phase(
     tokenizer = load_tokenizer(name, chat_template=run.chat_template, trust_remote_code=run.trust_remote_code)
     model.to(run_device(model))  # type: ignore[arg-type]
     losses = _Losses(shrink, tokenizer)
+    if before:  # now, before other sequences decide what goes
+        check_same_data(before.train, losses.data, goes_on=True)
+    check_same_data(folder.train, losses.data, goes_on=False)  # tells the phase's training what it must see
     told = read_json(before.summary) if before else None
     loss_before = told["eval_loss_end"] if told else losses.of(model)
     references = losses.by_source(model) if before is None else None
@@ -75,7 +80,14 @@ def prune_phase(
     pruned: Pruned | None = None
     set_seed(run.seed + folder.phase.number)
     if original > folder.phase.parameters:
-        calibration = calibration_from(tokenizer, settings, shrink.settings.data, cache_dir=run.cache_dir)
+        calibration = calibration_from(
+            tokenizer,
+            settings,
+            shrink.settings.data,
+            cache_dir=run.cache_dir,
+            streaming=run.streaming,
+            eval_fraction=0.0 if run.eval_data else run.eval_fraction,
+        )
         pruned = prune(model, settings, calibration, heard)
         model = pruned.model
     slices = _slices(name, how, pruned, model, shapes) if before and shrink.settings.keep_moments else {}
@@ -90,7 +102,7 @@ def prune_phase(
         "reference_losses": references,
         "shapes": [shape.overrides() for shape in shapes_of(model)],
         "layer_importance": [step.layer_importance for step in pruned.steps] if pruned else [],
-        "notes": list(pruned.notes) if pruned else [],
+        "notes": list(notes_on(pruned)) if pruned else [],
     }
     with atomic_folder(folder.pruned) as temporary:
         save_pruned(pruned or model, tokenizer, temporary)
@@ -136,22 +148,20 @@ class _Losses:
 
     def __init__(self, shrink: Shrink, tokenizer: PreTrainedTokenizerBase):
         self._run = shrink.run
-        self._data = prepare_data(shrink.run, tokenizer)
+        self.data = prepare_data(shrink.run, tokenizer)
 
     def of(self, model: PreTrainedModel) -> float | None:
         """None without held-out data."""
-        data = self._data.evaluation
+        data = self.data.evaluation
         return None if data is None or not len(data) else self._on(data, model)  # type: ignore[arg-type]
 
     def by_source(self, model: PreTrainedModel) -> list[float] | None:
         """What dynamic loading compares with, as far as it is not given; None without it."""
-        data = self._data.train
+        data = self.data.train
         return [self._on(one, model) for one in data.held_out] if isinstance(data, DynamicBlocks) else None
 
     def _on(self, data: Any, model: PreTrainedModel) -> float:
         size, count = self._run.per_device_eval_batch_size, len(data)
-        batches = (
-            self._data.collator([data[i] for i in range(s, min(s + size, count))]) for s in range(0, count, size)
-        )
+        batches = (self.data.collator([data[i] for i in range(s, min(s + size, count))]) for s in range(0, count, size))
         with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=self._run.bf16):
             return mean_loss(model, batches)

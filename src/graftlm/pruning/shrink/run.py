@@ -108,12 +108,30 @@ def plan_phases(task: Shrink) -> dict[str, Any]:
     )
     if len(phases) > 1 and task.prune.method in ONCE:
         raise UserError(f"prune.method: {task.prune.method} prunes a model only once; set interleaves: 1")
+    if len(phases) > 1 and task.settings.keep_moments:
+        _check_moments(task)
     return {
         "original_parameters": original,
         "original_shapes": [shape.overrides() for shape in shapes_of(model)],
         "target_parameters": target,
         "phases": [dataclasses.asdict(phase) for phase in phases],
     }
+
+
+def _check_moments(task: Shrink) -> None:
+    """Raise UserError where moments cannot survive, now rather than when the first phase has been trained."""
+    prune, optim = task.prune, task.run.optim
+    if prune.method == "shortgpt" or (prune.method == "flap" and prune.flap_compensation):
+        mend = ", or prune.flap_compensation: false" if prune.method == "flap" else ""
+        raise UserError(
+            f"keep_moments: {prune.method} changes more of a model than taking components out, so moments cannot "
+            f"survive it; set keep_moments: false{mend}"
+        )
+    if "adafactor" in optim or "8bit" in optim or "galore" in optim or "lomo" in optim:
+        raise UserError(
+            f"keep_moments: the state of optim: {optim} cannot be cut; set train.optim: adamw_torch, or keep_moments: "
+            "false"
+        )
 
 
 def phase_config(task: Shrink, here: PhaseFolder) -> RunConfig:
@@ -174,7 +192,7 @@ def _phase(task: Shrink, here: PhaseFolder, before: PhaseFolder | None, phases: 
         before.drop_weights()
     if not here.summary.exists():
         if before:
-            here.put_checkpoint(before)
+            here.put_checkpoint()
         train_one(phase_config(task, here), resume=bool(list_checkpoints(here.train)), lean=True)
         _free()
 

@@ -1,0 +1,50 @@
+"""What a user should know of a pruning that its method does not say: settings without effect, a class of one's own."""
+
+from dataclasses import fields
+
+from graftlm.models import has_own_class
+from graftlm.pruning.base import Pruned
+from graftlm.pruning.settings import DEFAULTS, METHODS, PruneSettings
+
+IN_STEPS = ("adapt", "llm-pruner", "minitron", "magnitude", "random", "wina")
+"""Methods whose layers may differ by importance: pruning.prune.iterate."""
+WHOLE = ("shortgpt", "slicegpt")
+"""Methods that take no components of a layer."""
+
+
+def notes_on(pruned: Pruned) -> tuple[str, ...]:
+    """Of what came out, beside what its method says."""
+    model, notes = pruned.model, list(pruned.notes)
+    shape = pruned.shapes[0] if len(set(pruned.shapes)) == 1 else None
+    if shape is not None and not shape.output_biases and has_own_class(model):
+        config = model.config.get_text_config()
+        notes.append(
+            f"all layers are alike, but transformers has no {type(config).__mro__[2].__name__} of "
+            f"{shape.num_attention_heads} heads, {shape.num_key_value_heads} key-value groups, "
+            f"{shape.intermediate_size} channels and a hidden size of {config.hidden_size}, so the model has a class "
+            "of its own; a sparsity that leaves another number of heads gives a stock checkpoint"
+        )
+    if without := unused(pruned.settings):
+        notes.append(f"without effect on {pruned.settings.method}: {', '.join(without)}")
+    return tuple(notes)
+
+
+def unused(settings: PruneSettings) -> list[str]:
+    """Settings that were given and that the method does not read."""
+    uniform = settings.method != "adapt" if settings.uniform is None else settings.uniform
+    by_layer = IN_STEPS if not uniform else ()
+    readers = {
+        **dict.fromkeys(("amplitude", "rule"), by_layer),
+        "similarity": (*by_layer, "shortgpt"),
+        **dict.fromkeys(
+            ("uniform", "min_groups", "min_channels"), tuple(name for name in METHODS if name not in WHOLE)
+        ),
+        **{one.name: ("flap",) for one in fields(settings) if one.name.startswith("flap_")},
+        **{one.name: ("sheared",) for one in fields(settings) if one.name.startswith("sheared_")},
+    }
+    plain = {one.name: one.default for one in fields(settings)} | DEFAULTS
+    return [
+        name
+        for name, methods in readers.items()
+        if settings.method not in methods and getattr(settings, name) not in (None, plain[name])
+    ]
