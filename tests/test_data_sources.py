@@ -117,9 +117,20 @@ def test_folder_of_source_files(tmp_path):
 def test_limit_counts_documents_not_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "PIECE_CHARACTERS", 4)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 10}, {"text": "y" * 10}, {"text": "z"}])
-    rows = rows_of(path, limit=2)
-    assert len(rows) > 4
-    assert "".join(row.fields["text"] for row in rows) == "x" * 10 + "y" * 10
+    source = SourceConfig(str(path), limit=2)
+    pieces = list(iterate_documents(iterate_rows(source), source, "text"))
+    assert len(pieces) > 4
+    assert "".join(piece.text for piece in pieces) == "x" * 10 + "y" * 10
+
+
+def test_a_long_text_beside_a_conversation_is_no_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 4)
+    messages = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages, "text": "x" * 10}] * 2)
+    source = SourceConfig(str(path))
+    assert detect_format(rows_of(path)[0], source, prefer_text=False) == "messages"
+    found = list(iterate_documents(iterate_rows(source), source, "messages"))
+    assert [[one["content"] for one in document.messages] for document in found] == [["why?", "because"]] * 2
 
 
 @settings(max_examples=60, deadline=None)

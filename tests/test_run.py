@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,13 @@ from tiny_runs import (
     write_chats,
     write_texts,
 )
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from graftlm.configuring import load_config
+from graftlm.configuring import dump_yaml, load_config
 from graftlm.errors import UserError
+from graftlm.models import load_model, load_tokenizer, save_model
 from graftlm.training import finishing, run
-from graftlm.training.config import SourceConfig
+from graftlm.training.config import DistributedConfig, SourceConfig
 from graftlm.training.run import train, train_one
 
 SUMMARY = {
@@ -267,6 +270,95 @@ def test_streaming(tmp_path):
     assert not (tmp_path / "cache").joinpath("blocks").exists()
 
 
+def test_a_stream_is_read_again_and_no_pass_ends_in_a_step_of_its_own(tmp_path):
+    """Text that repeats after 5 blocks, read as a stream of 5 blocks again and again or as one long text, trains alike:
+    a group of gradient accumulation may span two passes."""
+    once = [{"text": words(20, n)} for n in range(5)]
+    many = {"packing": False, "truncation": "truncate", "method": "full", "streaming": True, "max_steps": 8}
+    losses = []
+    for name, rows in (("short", once), ("long", once * 8)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        _, folder = run_briefly(tmp_path / name, data=path, **many)
+        losses.append([line["loss"] for line in read_metrics(folder) if line["event"] == "train"])
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_a_stream_goes_on_where_it_stopped(tmp_path):
+    """More steps than a pass over the data has."""
+    whole = tiny_config(tmp_path / "whole", method="full", streaming=True, max_steps=18, save_steps=14)
+    train_one(whole)
+    again = dataclasses.replace(whole, output_dir=str(tmp_path / "again"))
+    kept = tmp_path / "whole/run/checkpoints/step-14"
+    shutil.copytree(kept, tmp_path / "again/checkpoints/step-14")
+    train_one(again, resume=True)
+    model, other = (
+        load_file(folder / "model/model.safetensors") for folder in (tmp_path / "whole/run", tmp_path / "again")
+    )
+    assert all(torch.equal(model[name], other[name]) for name in model)
+
+
+def test_the_same_data_from_elsewhere(tmp_path):
+    """Copied anew, or moved, they are the same data; one byte more, and they are not."""
+    config = tiny_config(tmp_path, method="full", max_steps=4, save_steps=2)
+    train_one(config)
+    for name, change in (("moved", 0), ("changed", 1)):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "text.jsonl"
+        text = (tmp_path / "text.jsonl").read_text()
+        path.write_text(text[:40] + "z" * change + text[40 + change :])
+        run_folder = tmp_path / f"{name}-run"
+        shutil.copytree(tmp_path / "run/checkpoints/step-2", run_folder / "checkpoints/step-2")
+        shutil.copy(tmp_path / "run/data.json", run_folder)
+        other = dataclasses.replace(config, data=(SourceConfig(str(path)),), output_dir=str(run_folder))
+        if change:
+            with pytest.raises(UserError, match=r"the data .* has changed"):
+                train_one(other, resume=True)
+        else:
+            assert train_one(other, resume=True)["steps"] == 4
+
+
+def test_a_model_with_code_of_its_own(tmp_path):
+    """Reopened at the end as it was opened, with its code."""
+    model, folder = load_model("tiny-llama"), tmp_path / "model"
+    save_model(model, load_tokenizer("tiny-llama"), folder)
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    told = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    told |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(told))
+    run_briefly(tmp_path / "run", model=str(folder), method="full", trust_remote_code=True)
+
+
+def test_plain_training_of_a_family_that_apex_does_not_know(tmp_path):
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 264}
+    save_model(GPT2LMHeadModel(GPT2Config(**sizes)), load_tokenizer("tiny-llama"), tmp_path / "model")
+    summary, _ = run_briefly(tmp_path / "run", model=str(tmp_path / "model"), method="full")
+    assert any("the report has no activations" in note for note in summary["notes"])
+
+
+def test_rates_of_stages_are_of_stages(tmp_path):
+    """A plain run has none, whatever apex.stage_learning_rates say."""
+    rates = {"stages": 2, "stage_learning_rates": (1e-5, 1e-6)}
+    _, folder = run_briefly(tmp_path, method="full", apex=rates, learning_rate=1e-3, lr_scheduler_type="constant")
+    assert {line["learning_rate"] for line in read_metrics(folder) if line["event"] == "train"} == {1e-3}
+
+
+def test_what_does_not_fit_beside_the_model_is_a_note(tmp_path, monkeypatch):
+    """The run is done by then."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(finishing, "_reopened_difference", full)
+    summary = train_one(tiny_config(tmp_path, max_steps=2, method="full"))
+    assert "too little GPU memory" in summary["notes"][-1]
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_instruction_tuning(packing, tmp_path):
     """Every token of the data, and nothing else, is counted; only the assistant's count in the loss."""
@@ -283,7 +375,20 @@ def test_instruction_tuning(packing, tmp_path):
 def test_tensorboard(tmp_path, monkeypatch):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     _, folder = run_briefly(tmp_path, report_to=("tensorboard",), max_steps=2)
-    assert list((folder / "tensorboard").glob("events.*"))
+    kept = files_of(folder / "tensorboard")
+    assert kept
+    _, other = run_briefly(tmp_path / "other", report_to=("tensorboard",), max_steps=2)  # in the same process
+    assert files_of(other / "tensorboard") and files_of(folder / "tensorboard") == kept
+
+
+def test_one_process_of_fsdp2_has_a_control_too(tmp_path):
+    one = DistributedConfig(strategy="fsdp2")
+    config = tiny_config(tmp_path, distributed=one, control=True, max_steps=2, apex={"stages": 1})
+    (tmp_path / "c.yaml").write_text(dump_yaml(config))
+    command = [sys.executable, "-m", "graftlm", "train", str(tmp_path / "c.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/control/summary.json").exists()
 
 
 def test_without_a_checkpoint_a_run_begins_anew_with_other_data(tmp_path):

@@ -139,7 +139,7 @@ def _assess_one(
     def counted() -> Iterator[dict[str, Tensor]]:
         nonlocal tokens
         for batch in _batches(prepared, chosen, model):
-            tokens += count_tokens(batch)
+            tokens += int(count_tokens(batch))
             yield batch
 
     seen = recorder.run(counted())

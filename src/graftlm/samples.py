@@ -123,8 +123,8 @@ def find_samples(
     return Samples(max(count, 1), rows, length, ids, counts, tokens > 0)
 
 
-def count_tokens(inputs: Mapping[str, Any]) -> int:
-    """Tokens of a batch, padding not counted."""
+def count_tokens(inputs: Mapping[str, Any]) -> int | Tensor:
+    """Tokens of a batch, padding not counted. On a GPU a scalar that is still being computed: fetching it stalls."""
     ids = inputs["input_ids"]
     found = find_samples(tuple(ids.shape), inputs.get("attention_mask"), inputs.get("position_ids"), ids.device)
-    return int(found.tokens)
+    return found.tokens

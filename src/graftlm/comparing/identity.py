@@ -1,7 +1,6 @@
 """What makes two runs the same run: settings, content of data and model; not where they lie or when they were made."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -9,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.configuring import config_to_dict
+from graftlm.content import path_content
 from graftlm.training.config import RunConfig, SourceConfig
-from graftlm.training.data.sources import HUB_PREFIX, list_files
+from graftlm.training.data.sources import HUB_PREFIX, source_content
 
 NOT_PART = {"output_dir", "cache_dir", "control", "report_to", "logging_steps", "save_steps", "save_total_limit"}
 """Settings that change neither a weight nor an evaluation."""
 SOURCES = ("data", "eval_data", "selection_data")
-CHUNK = 2**22
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 def content_of_sources(sources: Sequence[SourceConfig]) -> list[dict[str, Any]]:
     """Sources of data with the content of their files."""
     return [
-        {**dataclasses.asdict(source), "path": _source_name(source), "content": _source_content(source)}
+        {**dataclasses.asdict(source), "path": _source_name(source), "content": source_content(source)}
         for source in sources
     ]
 
@@ -91,38 +90,3 @@ def _without_names(value: Any) -> Any:
 
 def _source_name(source: SourceConfig) -> str:
     return source.path if source.path.startswith(HUB_PREFIX) else Path(source.path).expanduser().resolve().name
-
-
-def _source_content(source: SourceConfig) -> str | None:
-    """Hash of the files of a source; None on the Hub, which goes by its name."""
-    if source.path.startswith(HUB_PREFIX):
-        return None
-    folder = Path(source.path).expanduser()
-    files = [(str(file.relative_to(folder)) if folder.is_dir() else "", file) for file in list_files(source)]
-    return _digest((name, _file_content(file, *_stamp(file))) for name, file in files)
-
-
-def path_content(path: Path) -> str:
-    """Hash of a file, or of all files in a folder with their names; a model card (README.md) may tell of dates."""
-    if path.is_file():
-        return _file_content(path, *_stamp(path))
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != "README.md")
-    return _digest((str(file.relative_to(path)), _file_content(file, *_stamp(file))) for file in files)
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:20]
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    return file.stat().st_size, file.stat().st_mtime_ns
-
-
-@functools.lru_cache(maxsize=4096)
-def _file_content(file: Path, size: int, time: int) -> str:
-    """Hash of a file's bytes, read once as long as its size and time stay."""
-    found = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            found.update(chunk)
-    return found.hexdigest()

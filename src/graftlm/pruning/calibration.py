@@ -103,7 +103,7 @@ def calibration_from(
         max_steps=1,  # unused; a stream has no length
     )
     train: Any = prepare_data(config, tokenizer, progress=progress).train
-    sequences = list(itertools.islice(train, POOL)) if streaming else train
+    sequences = list(itertools.islice(train.one_pass(), POOL)) if streaming else train
     there = len(sequences)
     candidates = np.arange(there) if there <= POOL else np.linspace(0, there - 1, POOL).round().astype(np.int64)
     whole = np.array([n for n in candidates if len(sequences[int(n)]["input_ids"]) == length], np.int64)

@@ -4,9 +4,10 @@ import difflib
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from graftlm.distilled_loss import DistilledLoss
@@ -14,6 +15,10 @@ from graftlm.errors import UserError
 from graftlm.fused_loss import FusedLoss, unfit
 from graftlm.training.config import RunConfig
 
+TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
+"""How transformers is told where TensorBoard's files go."""
+GIVEN = frozenset(os.environ)
+"""Variables that were set when the program began: by the user, or a launcher."""
 TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 
 # Passed on under the same name.
@@ -40,7 +45,9 @@ SAME = (
 
 
 def check_optimizer(config: RunConfig) -> None:
-    """Raise UserError for an `optim` that is unknown, whose library is missing, or that cannot be resumed."""
+    """Raise UserError for an `optim` that is unknown, whose library is missing, or that cannot be resumed, and for a
+    schedule that cannot be made."""
+    _check_schedule(config)
     names = [name.value for name in OptimizerNames]
     if config.optim not in names:
         near = difflib.get_close_matches(config.optim, names, n=1)
@@ -52,6 +59,19 @@ def check_optimizer(config: RunConfig) -> None:
         raise UserError(f"optim: {config.optim} needs bitsandbytes; pip install bitsandbytes, or use adamw_torch")
     if "8bit" in config.optim and config.distributed.strategy == "fsdp2":
         raise UserError(f"optim: {config.optim} does not know fsdp2's shards; use adamw_torch, or strategy ddp")
+
+
+def _check_schedule(config: RunConfig) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
+    told: dict[str, Any] = dict(config.lr_scheduler_kwargs or {})
+    try:
+        get_scheduler(config.lr_scheduler_type, optimizer, 1, 100, scheduler_specific_kwargs=told)
+    except (TypeError, ValueError) as error:
+        given = f"lr_scheduler_kwargs {told}" if told else "no lr_scheduler_kwargs"
+        raise UserError(
+            f"lr_scheduler_type: {config.lr_scheduler_type} with {given}: {' '.join(str(error).split())}; give "
+            "lr_scheduler_kwargs that it takes, or another schedule"
+        ) from error
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
@@ -67,7 +87,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             "use_liger_kernel: needs a GPU and the package liger-kernel; pip install liger-kernel, or set it to false"
         )
     run = Path(config.output_dir)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard"))
+    if TENSORBOARD not in GIVEN:
+        os.environ[TENSORBOARD] = str(run / "tensorboard")  # of this run, whatever ran before it
     try:
         arguments = TrainingArguments(
             output_dir=str(run),
@@ -96,7 +117,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
                 "cross_entropy": False,
                 "fused_linear_cross_entropy": config.fused_loss is not False,
             },
-            use_cpu=not torch.accelerator.is_available(),  # else transformers refuses bf16 there
+            use_cpu=not torch.cuda.is_available(),  # Apple's MPS has no float64, which statistics are summed in
             dataloader_pin_memory=torch.cuda.is_available(),
         )
     except ValueError as error:

@@ -260,6 +260,8 @@ class RunConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}: {getattr(self, name)} must be above 0")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed: {self.seed} must be from 0 to {2**32 - 1}")
         for name in ("warmup_ratio", "eval_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} must be in [0, 1)")

@@ -20,7 +20,8 @@ from graftlm.configuring import dump_yaml, load_config
 from graftlm.errors import UserError
 from graftlm.files import read_json, write_text
 from graftlm.methods.sparse_settings import ReweightingSettings
-from graftlm.training.config import RunConfig
+from graftlm.training.arguments import GIVEN, TENSORBOARD
+from graftlm.training.config import DistributedConfig, RunConfig
 from graftlm.training.distributed import on_main, world_size
 
 
@@ -47,6 +48,7 @@ def run_control(config: RunConfig, stage_starts: Sequence[int], *, resume: bool)
         if not on_main(finished.exists):
             _run_here(control, resume)
     elif not finished.exists():
+        control = dataclasses.replace(control, distributed=DistributedConfig())  # nobody to share with
         given = folder / "given.yaml"
         write_text(given, dump_yaml(control))
         with start_training(given, resume=resume) as process:
@@ -65,7 +67,8 @@ def start_training(config: Path, *, resume: bool, lean: bool = False, **streams:
     """A process that runs train_one on a config file, and ends with this one. streams: stdout, stderr, as Popen's."""
     flags = [*(["--resume"] if resume else []), *(["--lean"] if lean else [])]
     command = [sys.executable, "-m", "graftlm.training.control", str(config), *flags]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, **streams)
+    environment = {key: value for key, value in os.environ.items() if key != TENSORBOARD or key in GIVEN}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, **streams)
 
 
 def _run_here(control: RunConfig, resume: bool) -> None:

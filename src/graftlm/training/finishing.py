@@ -22,6 +22,8 @@ from graftlm.training.data import PreparedData
 from graftlm.training.distributed import is_main
 from graftlm.training.run_trainer import RunTrainer
 
+COMPARED = 512
+"""Positions of a sequence whose logits are looked at before and after saving: all of a long one's take gigabytes."""
 Activations = dict[Any, dict[int, Tensor]]
 
 
@@ -50,8 +52,8 @@ def finish(
     trainable = apex.budget.trainable if apex else sum(p.numel() for p in model.parameters() if p.requires_grad)
     if method is not None:
         trainable = method.trainable
-    sample = next(iter(trainer.assessment_batches(1)))["input_ids"]
-    notes = [*data.statistics.notes, *(apex.notes if apex else []), *(method.notes if method else [])]
+    sample = next(iter(trainer.assessment_batches(1)))["input_ids"][:, :COMPARED]
+    notes = [*trainer.notes, *data.statistics.notes, *(apex.notes if apex else []), *(method.notes if method else [])]
     live = logits_of(model, sample)
     if method is not None:
         method.finish()  # before anything is measured: merged into bfloat16 weights, adapters are rounded
@@ -99,11 +101,24 @@ def finish(
     card = model_card(summary, config_to_dict(config), config.model, own_class=has_own_class(model))
     save_model(model, tokenizer, run / "model", card=card, state_dict=weights)
     del weights
-    reopened = load_model(str(run / "model"), dtype=config.dtype, attn_implementation=config.attn_implementation)
-    reopened.to(next(model.parameters()).device)
-    with trainer.accelerator.autocast():  # as the live model computed
-        summary["fused_max_abs_logit_difference"] = float((logits_of(reopened, sample) - live).abs().max())
+    try:
+        summary["fused_max_abs_logit_difference"] = _reopened_difference(trainer, config, sample, live)
+    except torch.OutOfMemoryError:  # the run is done; what follows only looks at it
+        notes.append("the saved model was not opened beside the trained one to compare them: too little GPU memory")
     return summary
+
+
+def _reopened_difference(trainer: RunTrainer, config: RunConfig, sample: Tensor, live: Tensor) -> float:
+    """Largest of the logits of the saved model from those of the trained one, on the same sample."""
+    reopened = load_model(
+        str(trainer.run / "model"),
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    reopened.to(next(trainer.model.parameters()).device)
+    with trainer.accelerator.autocast():  # as the live model computed
+        return float((logits_of(reopened, sample) - live).abs().max())
 
 
 def _save_activations(trainer: RunTrainer, config: RunConfig, before: Activations) -> None:

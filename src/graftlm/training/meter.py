@@ -33,7 +33,7 @@ class Meter:
         """Sum of the losses of all steps."""
         self._step_loss: Tensor | None = None
         """Of the step that goes on and this process, in float64; fetched once a step, since that stalls a GPU."""
-        self._step_tokens = 0
+        self._step_tokens: int | Tensor = 0
         self._logged = (0, 0, 0.0, 0.0)
         """Step, tokens, seconds and sum of losses when metrics were last logged."""
 
@@ -56,15 +56,15 @@ class Meter:
         finally:
             self.stop()
 
-    def add(self, tokens: int, loss: Tensor) -> None:
+    def add(self, tokens: int | Tensor, loss: Tensor) -> None:
         """One batch of the step that goes on, in this process; `loss` is a scalar, its part of the step's."""
-        self._step_tokens += tokens
+        self._step_tokens = self._step_tokens + tokens
         self._step_loss = loss.double() if self._step_loss is None else self._step_loss + loss.double()
 
     def end_step(self, norm: Tensor) -> str | None:
         """Count the step, of all processes, with its gradients' norm (a scalar); or say what of it is NaN or Inf."""
         assert self._step_loss is not None
-        found = torch.stack([self._step_loss, torch.full_like(self._step_loss, self._step_tokens)])
+        found = torch.stack([self._step_loss, torch.as_tensor(self._step_tokens).to(self._step_loss)])
         if world_size() > 1:
             torch.distributed.all_reduce(found)
             found[0] /= world_size()  # Trainer scales each process's part up by their number

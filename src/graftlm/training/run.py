@@ -26,7 +26,7 @@ from graftlm.training.control import run_control
 from graftlm.training.data import PreparedData, prepare_data
 from graftlm.training.distributed import agree, is_main, on_main, sharing_errors, taking_turns
 from graftlm.training.estimates import remedies
-from graftlm.training.finishing import finish, mean_activations
+from graftlm.training.finishing import Activations, finish, mean_activations
 from graftlm.training.metrics import Display, MetricsLog
 from graftlm.training.plan import compare_plan, estimate
 from graftlm.training.run_folder import check_same_config, check_same_data, open_folder
@@ -92,7 +92,8 @@ def train_one(config: RunConfig, *, resume: bool = False, lean: bool = False) ->
     with taking_turns():
         tokenizer = load_tokenizer(config.model, chat_template=config.chat_template, **code)
         data = prepare_data(config, tokenizer, progress=is_main())
-    seen = {"fingerprint": data.fingerprint, "sequences": data.statistics.blocks, "tokens": data.statistics.tokens}
+    same = (data.content() if distributed.world_size() > 1 else None) or data.fingerprint
+    seen = {"fingerprint": same, "sequences": data.statistics.blocks, "tokens": data.statistics.tokens}
     agree("the training data", seen, "give every machine the same files and tokenizer")
     on_main(lambda: check_same_data(run, data, goes_on=checkpoint is not None or config.phase is not None))
     with sharing_errors():
@@ -121,7 +122,7 @@ def train_one(config: RunConfig, *, resume: bool = False, lean: bool = False) ->
     before = None
     assesses = config.method == "apex" and config.apex.assessment in ("rank", "average")
     if not lean and (checkpoint or not assesses):
-        before, _ = mean_activations(trainer, config)
+        before = _activations(trainer, config)
     if method is not None:
         with sharing_errors(), trainer.meter.timed():
             method.prepare()
@@ -144,6 +145,17 @@ def train_one(config: RunConfig, *, resume: bool = False, lean: bool = False) ->
         summary["plan"] = compare_plan(planned, summary)
     on_main(lambda: write_json(run / "summary.json", summary))
     return summary
+
+
+def _activations(trainer: RunTrainer, config: RunConfig) -> Activations | None:
+    """For the report. None, and a note, for a family whose heads and channels are not known, which only APEX needs."""
+    try:
+        return mean_activations(trainer, config)[0]
+    except UserError as error:
+        if config.method == "apex":
+            raise
+        trainer.notes.append(f"the report has no activations: {error}")
+        return None
 
 
 def _open_model(config: RunConfig) -> PreTrainedModel:
@@ -229,8 +241,8 @@ def _make_trainer(
         phase=config.phase,
         dynamic_loading=config.dynamic_loading,
     )
-    if config.method != "apex":
+    if config.method != "apex" and config.stage_starts:  # a control; others have no stages to follow
         trainer.schedule_config = config.apex
-        trainer.stage_starts = list(config.stage_starts) or None
+        trainer.stage_starts = list(config.stage_starts)
     trainer.metrics = MetricsLog(run / "metrics.jsonl", write=is_main())
     return trainer

@@ -56,9 +56,10 @@ def check_same_data(run: Path, data: PreparedData, *, goes_on: bool) -> None:
     """A resumed run, and a control, must see the tokens that the run began with."""
     for folder in [run] * goes_on + [run.parent] * (run.name == "control"):
         path = folder / "data.json"
-        if path.exists() and read_json(path)["fingerprint"] != data.fingerprint:
+        told = read_json(path) if path.exists() else {"fingerprint": data.fingerprint}
+        if told["fingerprint"] != data.fingerprint and (told.get("content") or "none") != data.content():
             raise UserError(
                 f"{folder}: the data (or the tokenizer) has changed since this run began, so it would not see the same "
                 "tokens; put the files back as they were, or start again with another output_dir"
             )
-    write_json(run / "data.json", {"fingerprint": data.fingerprint})
+    write_json(run / "data.json", {"fingerprint": data.fingerprint, "content": data.content()})

@@ -72,6 +72,8 @@ class RunTrainer(ApexTrainer):
         if reweighting is not None and reweighting.strategy != "none":
             self.compute_loss_func = Reweighting(reweighting, lambda: (self.state.global_step, self.state.max_steps))
         self.run = run
+        self.notes: list[str] = []
+        """What a user should know of the run."""
         self.method = method
         self.evaluation = evaluation
         self.evaluation_batch_size = evaluation_batch_size

@@ -20,6 +20,7 @@ from graftlm.apex import Apex
 from graftlm.apex_config import ApexConfig
 from graftlm.checkpointing import load_tensors, save_tensors
 from graftlm.errors import UserError
+from graftlm.training.data.streaming import StreamedBlocks
 from graftlm.training.schedule import follows_stages, refresh, stage_factor
 
 APEX_FILE = "apex.safetensors"
@@ -142,7 +143,8 @@ class ApexMixin:
         if _has_length(data):
             rows = (data[i * len(data) // samples] for i in mine)
         else:
-            rows = islice(iter(data), args.process_index, None, args.world_size)
+            once = data.one_pass() if isinstance(data, StreamedBlocks) else iter(data)
+            rows = islice(once, args.process_index, None, args.world_size)
         taken = islice(rows, share)
         while batch := list(islice(taken, size)):
             collated = trainer.data_collator(batch)

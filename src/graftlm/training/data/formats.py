@@ -4,6 +4,7 @@ Known layouts: text; messages; prompt_completion (strings or message lists); alp
 sharegpt (conversations of from/value). Each becomes one of the two document classes here.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from graftlm.errors import UserError
 from graftlm.training.config import SourceConfig
-from graftlm.training.data.readers import Row
+from graftlm.training.data.readers import Row, split_row
 from graftlm.training.data.statistics import Counts
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -80,9 +81,12 @@ def detect_format(row: Row, source: SourceConfig, *, prefer_text: bool = False) 
 def iterate_documents(
     rows: Iterator[Row], source: SourceConfig, format_name: str, counts: Counts | None = None
 ) -> Iterator[TextDocument] | Iterator[Conversation]:
-    """Rows as documents. Texts of white space only are counted as empty and left out (they keep their number)."""
+    """Rows as documents. Texts of white space only are counted as empty and left out (they keep their number); long
+    ones arrive in pieces (readers.PIECE_CHARACTERS)."""
     counts = counts if counts is not None else Counts()
     index = -1
+    if format_name == "text":
+        rows = itertools.chain.from_iterable(split_row(row, source.text_field) for row in rows)
     for row in rows:
         index += row.first
         if format_name == "text":

@@ -164,7 +164,9 @@ def _statistics(
         share = int(used[0]) / tokens
         listed.append(SourceStatistics(given.path, given.weight, documents, int(used[0]), blocks, share, passes))
         if passes < 1:
-            notes.append(f"{given.path}: an epoch uses {passes:.1%} of its blocks, by its weight")
+            notes.append(
+                f"{given.path}: an epoch uses {passes:.1%} of its blocks, by its weight, and every epoch the same"
+            )
     counts = [source.counts for source in sources]
     return DataStatistics(
         documents=sum(part.documents for part in listed),

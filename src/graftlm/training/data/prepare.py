@@ -1,7 +1,8 @@
 """prepare_data: from a RunConfig to what a trainer reads, and the numbers that describe it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -16,8 +17,12 @@ from graftlm.training.data.collate import Collator
 from graftlm.training.data.dynamic import DynamicBlocks
 from graftlm.training.data.materialise import evaluation_blocks, prepare_cached
 from graftlm.training.data.pipeline import HoldOutRule, SourcePipeline
+from graftlm.training.data.sources import source_bytes, source_choice, source_content
 from graftlm.training.data.statistics import DataStatistics
 from graftlm.training.data.streaming import StreamedBlocks, first_blocks, prepare_stream
+
+HASHED_AT_MOST = 2**33
+"""Bytes of data that are read only to know them again: some seconds' worth."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,10 @@ class PreparedData:
     statistics: DataStatistics
     task: Literal["cpt", "sft"]
     fingerprint: str
-    """Changes when a file, the tokenizer or a setting does that decides what is read."""
+    """Changes when a file (its path or time), the tokenizer or a setting does that decides what is read."""
+    content: Callable[[], str | None] = field(default=lambda: None)
+    """As fingerprint, by what is in the files: the same after they were copied. Reads them. None where they are on the
+    Hub, streamed, or more than HASHED_AT_MOST."""
     selection: Dataset[dict[str, np.ndarray]] | None = None
     """As evaluation, of config.selection_data."""
 
@@ -66,7 +74,24 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, progr
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     read = [pipeline.settings() for pipeline in [*pipelines, *evaluated, *selected]]
     fingerprint = cache_key(tokenizer=tokenizer_fingerprint(tokenizer), sources=read, seed=config.seed)
-    return PreparedData(train, evaluation, Collator(pad, flatten=flash), statistics, task, fingerprint, selection)
+    by_content = functools.partial(_content, [*pipelines, *evaluated, *selected], tokenizer, config)
+    return PreparedData(
+        train, evaluation, Collator(pad, flatten=flash), statistics, task, fingerprint, by_content, selection
+    )
+
+
+def _content(pipelines: Sequence[SourcePipeline], tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> str | None:
+    sources = [pipeline.source for pipeline in pipelines]
+    if config.streaming or sum(source_bytes(source) for source in sources) > HASHED_AT_MOST:
+        return None
+    contents = [source_content(source) for source in sources]
+    if None in contents:
+        return None
+    read = [
+        {**pipeline.settings(), "source": {**source_choice(pipeline.source), "content": content}}
+        for pipeline, content in zip(pipelines, contents, strict=True)
+    ]
+    return cache_key(tokenizer=tokenizer_fingerprint(tokenizer), sources=read, seed=config.seed)
 
 
 def _task(config: RunConfig, pipelines: Sequence[SourcePipeline]) -> Literal["cpt", "sft"]:

@@ -1,13 +1,13 @@
 """From a SourceConfig to its rows: a file, a folder, or a Hub dataset, always in the same order."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from graftlm.content import digest, file_content
 from graftlm.errors import UserError
 from graftlm.training.config import SourceConfig
-from graftlm.training.data.readers import ROW_SUFFIXES, Row, is_text, read_file, split_row, suffix
+from graftlm.training.data.readers import ROW_SUFFIXES, Row, is_text, read_file, suffix
 from graftlm.training.data.statistics import Counts
 
 HUB_PREFIX = "hub:"
@@ -16,12 +16,12 @@ HUB_PREFIX = "hub:"
 def iterate_rows(source: SourceConfig, counts: Counts | None = None) -> Iterator[Row]:
     """Stream the rows of `source`, at most `limit` documents of it; binary files of a folder are counted and skipped.
 
-    A document longer than readers.PIECE_CHARACTERS arrives as several rows (Row.first, Row.last).
+    A text file longer than readers.PIECE_CHARACTERS arrives as several rows (Row.first, Row.last).
     """
     counts = counts if counts is not None else Counts()
     rows = _hub_rows(source) if source.path.startswith(HUB_PREFIX) else _file_rows(source, counts)
     documents = 0
-    for row in itertools.chain.from_iterable(split_row(row, source.text_field) for row in rows):
+    for row in rows:
         documents += row.first
         if source.limit is not None and documents > source.limit:
             return
@@ -48,18 +48,36 @@ def list_files(source: SourceConfig) -> list[Path]:
     return files
 
 
+def source_choice(source: SourceConfig) -> dict[str, Any]:
+    """What of a source is read, as JSON."""
+    choice: dict[str, Any] = {"limit": source.limit, "text_field": source.text_field, "format": source.format}
+    return choice | ({"half": source.half} if source.half is not None else {})
+
+
 def source_identity(source: SourceConfig) -> dict[str, Any]:
     """What a source's content depends on, as JSON: path, size and time of each file; on the Hub name, subset and split.
 
     A Hub dataset that changes under its name is not noticed.
     """
-    identity: dict[str, Any] = {"limit": source.limit, "text_field": source.text_field, "format": source.format}
-    if source.half is not None:
-        identity["half"] = source.half
+    identity = source_choice(source)
     if source.path.startswith(HUB_PREFIX):
         return identity | {"hub": source.path, "name": source.name, "split": source.split}
     stats = [(file, file.stat()) for file in list_files(source)]
     return identity | {"files": [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]}
+
+
+def source_content(source: SourceConfig) -> str | None:
+    """Hash of the files of a source; None on the Hub, which goes by its name."""
+    if source.path.startswith(HUB_PREFIX):
+        return None
+    folder = Path(source.path).expanduser()
+    files = [(str(file.relative_to(folder)) if folder.is_dir() else "", file) for file in list_files(source)]
+    return digest((name, file_content(file)) for name, file in files)
+
+
+def source_bytes(source: SourceConfig) -> int:
+    """Size of the files of a source; 0 on the Hub."""
+    return 0 if source.path.startswith(HUB_PREFIX) else sum(file.stat().st_size for file in list_files(source))
 
 
 def _file_rows(source: SourceConfig, counts: Counts) -> Iterator[Row]:

@@ -23,23 +23,29 @@ BlockStream = Callable[[], Iterator[Block]]
 
 
 class StreamedBlocks(IterableDataset[dict[str, np.ndarray]]):
-    """Items of several sources, interleaved by weight. Iterating again gives the same items in the same order.
+    """Items of several sources, interleaved by weight, again and again without an end. Iterating anew gives the same
+    items in the same order.
 
-    So skipping the first n batches resumes a run exactly (they are tokenised again, not trained on). Order is that of
-    the data: shuffle the files beforehand if they are sorted. Ranks: let accelerate dispatch or shard. Loader workers
-    each read everything and hand on their share.
+    So skipping the first n batches resumes a run exactly (they are tokenised again, not trained on), and no pass over
+    the data ends in a step of its own. Order is that of the data: shuffle the files beforehand if they are sorted.
+    Ranks: let accelerate dispatch or shard. Loader workers each read everything and hand on their share.
     """
 
     def __init__(self, streams: Sequence[BlockStream], weights: Sequence[float], seed: int) -> None:
         self.streams, self.weights, self.seed = list(streams), list(weights), seed
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
-        """(source, block) in order."""
+        """(source, block) in order, each once."""
         return interleave([stream() for stream in self.streams], self.weights, self.seed, len)
+
+    def one_pass(self) -> Iterator[dict[str, np.ndarray]]:
+        """Every item once."""
+        return (block.item() for _, block in self.blocks())
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         worker = get_worker_info()
-        for number, (_, block) in enumerate(self.blocks()):
+        passes = itertools.chain.from_iterable(self.blocks() for _ in itertools.count())
+        for number, (_, block) in enumerate(passes):
             if worker is None or number % worker.num_workers == worker.id:
                 yield block.item()
 
