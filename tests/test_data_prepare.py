@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from test_data_support import byte_tokenizer, conversation, run_config, write_jsonl
 
@@ -21,7 +23,7 @@ from graftlm.errors import UserError
 from graftlm.training.config import SourceConfig
 from graftlm.training.data import prepare_data, show_data
 from graftlm.training.data.cache import ABANDONED_SECONDS, tokenizer_fingerprint
-from graftlm.training.data.mixture import interleave, mixed_index
+from graftlm.training.data.mixture import index_of_epoch, interleave, mixed_index
 from graftlm.training.data.packing import IGNORE
 from graftlm.training.data.pipeline import HoldOutRule
 
@@ -266,6 +268,20 @@ def test_interleave_is_even_and_seeded():
     index = mixed_index(sizes, [1, 1], 0)
     assert len({tuple(row) for row in index.tolist()}) == len(index) == 100 + len(index) % 2
     assert index.tolist() != mixed_index(sizes, [1, 1], 1).tolist()
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.floats(0.2, 5), st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_later_epochs_go_on_where_the_first_ended(a, b, weight, seed):
+    lengths = [a, b]
+    first = mixed_index([np.full(n, 10) for n in lengths], [1.0, weight], seed)
+    epochs = [index_of_epoch(first, lengths, seed, epoch) for epoch in range(12)]
+    assert epochs[0].tolist() == first.tolist()
+    for source, length in enumerate(lengths):
+        walked = np.concatenate([index[index[:, 0] == source, 1] for index in epochs])
+        for start in range(0, len(walked) - length + 1, length):  # everything once before anything a second time
+            assert sorted(walked[start : start + length]) == list(range(length))
+    assert all(index[:, 0].tolist() == first[:, 0].tolist() for index in epochs)
 
 
 @pytest.mark.parametrize("kind", ["texts", "chats"])

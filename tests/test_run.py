@@ -29,6 +29,8 @@ from graftlm.errors import UserError
 from graftlm.models import load_model, load_tokenizer, save_model
 from graftlm.training import finishing, run
 from graftlm.training.config import DistributedConfig, SourceConfig
+from graftlm.training.data import prepare_data
+from graftlm.training.data.packing import Block
 from graftlm.training.run import train, train_one
 
 SUMMARY = {
@@ -282,6 +284,27 @@ def test_a_stream_is_read_again_and_no_pass_ends_in_a_step_of_its_own(tmp_path):
         _, folder = run_briefly(tmp_path / name, data=path, **many)
         losses.append([line["loss"] for line in read_metrics(folder) if line["event"] == "train"])
     assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_a_weighted_mixture_sees_all_of_its_large_source(tmp_path):
+    """Over epochs; and a run that is resumed in a later one sees the same of it."""
+    large, small = write_texts(tmp_path / "large.jsonl"), write_texts(tmp_path / "small.jsonl", 1, first=50)
+    sources = (SourceConfig(str(large), weight=1.0), SourceConfig(str(small), weight=1.0))
+    config = dataclasses.replace(
+        tiny_config(tmp_path, method="full", max_steps=16, save_steps=6, save_total_limit=9), data=sources
+    )
+    seen = set()
+    with pytest.MonkeyPatch.context() as patch:
+        item = Block.item
+        patch.setattr(Block, "item", lambda block: seen.add(block.input_ids.tobytes()) or item(block))
+        train_one(config)
+    counted = prepare_data(config, load_tokenizer("tiny-llama"), progress=False).train
+    assert len(counted) < len(counted.sources[0])  # an epoch is not all of it, and there are several
+    assert {counted.sources[0][i].input_ids.tobytes() for i in range(len(counted.sources[0]))} <= seen
+    shutil.copytree(tmp_path / "run/checkpoints/step-6", tmp_path / "again/checkpoints/step-6")
+    train_one(dataclasses.replace(config, output_dir=str(tmp_path / "again")), resume=True)
+    whole, other = (load_file(tmp_path / name / "model/model.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
 
 
 def test_a_stream_goes_on_where_it_stopped(tmp_path):

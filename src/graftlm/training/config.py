@@ -25,7 +25,8 @@ class SourceConfig:
     hub:OWNER/NAME."""
     weight: float | None = None
     """Share of the mixture's tokens, in proportion to the other sources' weights; an epoch ends with the first source
-    used up. None for every source: an epoch is all of each (streaming: equal shares)."""
+    used up, and the next goes on with what it left of the others (streaming: begins them again). None for every source:
+    an epoch is all of each (streaming: equal shares)."""
     format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = "auto"
     """How a row is read. `auto` looks at the first row's columns."""
     text_field: str = "text"

@@ -19,6 +19,7 @@ from graftlm.sharding import gathered_state, is_sharded, reshard
 from graftlm.training import distributed
 from graftlm.training.config import RunConfig
 from graftlm.training.data import PreparedData
+from graftlm.training.data.blocks import BlockDataset
 from graftlm.training.distributed import is_main
 from graftlm.training.run_trainer import RunTrainer
 
@@ -52,6 +53,8 @@ def finish(
     trainable = apex.budget.trainable if apex else sum(p.numel() for p in model.parameters() if p.requires_grad)
     if method is not None:
         trainable = method.trainable
+    if isinstance(data.train, BlockDataset):
+        data.train.set_epoch(0)  # what was looked at before training
     sample = next(iter(trainer.assessment_batches(1)))["input_ids"][:, :COMPARED]
     notes = [*trainer.notes, *data.statistics.notes, *(apex.notes if apex else []), *(method.notes if method else [])]
     live = logits_of(model, sample)

@@ -32,6 +32,7 @@ from graftlm.training.checkpoints import (
     shared_folder,
 )
 from graftlm.training.config import DynamicLoadingConfig
+from graftlm.training.data.blocks import BlockDataset
 from graftlm.training.data.dynamic import DynamicBlocks
 from graftlm.training.distributed import every, is_main, world_size
 from graftlm.training.dynamic_loading import DynamicLoading
@@ -247,6 +248,8 @@ class RunTrainer(ApexTrainer):
             self.refuse(what)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.train_dataset, BlockDataset):
+            self.train_dataset.set_epoch(kwargs["epoch"])
         if self.state.global_step < self.last_step:
             super()._run_epoch(*args, **kwargs)
         else:  # resumed from the last step's checkpoint: Trainer would take one step more before it sees that

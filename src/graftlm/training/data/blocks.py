@@ -1,6 +1,6 @@
 """A source's blocks, and the map-style dataset over the blocks of several sources."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,8 +36,17 @@ class SourceBlocks:
 class BlockDataset(Dataset[dict[str, np.ndarray]]):
     """Map-style items: rows of `index`, int [blocks, 2] (source, block), of several sequences of blocks."""
 
-    def __init__(self, sources: Sequence[Blocks], index: np.ndarray) -> None:
+    def __init__(
+        self, sources: Sequence[Blocks], index: np.ndarray, of_epoch: Callable[[int], np.ndarray] | None = None
+    ) -> None:
+        """of_epoch: index of an epoch (from 0), of as many rows; None: all are alike."""
         self.sources, self.index = list(sources), index
+        self._of_epoch = of_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Show what an epoch (from 0) is trained on."""
+        if self._of_epoch is not None:
+            self.index = self._of_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.index)

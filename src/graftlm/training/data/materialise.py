@@ -1,6 +1,7 @@
 """Map-style data from the cache: each source's blocks, split into training and evaluation, mixed by weight."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.training.data.blocks import BlockDataset, SourceBlocks, evaluation_dataset
 from graftlm.training.data.cache import BlockFile, cache_key, cached_blocks, tokenizer_fingerprint
 from graftlm.training.data.dynamic import DynamicBlocks
-from graftlm.training.data.mixture import mixed_index
+from graftlm.training.data.mixture import index_of_epoch, mixed_index
 from graftlm.training.data.packing import Block
 from graftlm.training.data.pipeline import HeldOut, HoldOutRule, SourcePipeline, hold_out_score
 from graftlm.training.data.statistics import Counts, DataStatistics, SourceStatistics, left_out, truncation
@@ -40,7 +41,10 @@ def prepare_cached(
 
     sizes = [source.train_sizes for source in sources]
     index = mixed_index([size[:, 0] for size in sizes], [source.weight for source in config.data], config.seed)
-    train: BlockDataset | DynamicBlocks = BlockDataset([source.train for source in sources], index)
+    of_epoch = None
+    if len(sources) > 1 and config.data[0].weight is not None:
+        of_epoch = partial(index_of_epoch, index, [len(size) for size in sizes], config.seed)
+    train: BlockDataset | DynamicBlocks = BlockDataset([source.train for source in sources], index, of_epoch)
     if config.dynamic_loading.every:
         train = _dynamic(config, sources, held)
         notes.append("dynamic_loading: shares are those that it begins with")
@@ -165,7 +169,7 @@ def _statistics(
         listed.append(SourceStatistics(given.path, given.weight, documents, int(used[0]), blocks, share, passes))
         if passes < 1:
             notes.append(
-                f"{given.path}: an epoch uses {passes:.1%} of its blocks, by its weight, and every epoch the same"
+                f"{given.path}: an epoch uses {passes:.1%} of its blocks, by its weight, the next epoch others"
             )
     counts = [source.counts for source in sources]
     return DataStatistics(
