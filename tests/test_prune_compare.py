@@ -40,7 +40,9 @@ def in_this_process(monkeypatch):
 
     def evaluate(model, out, options, log, seconds, say):
         asked = cli.parse(["eval", model, *options, "--out", str(out)])
-        return run_evaluation(model, out, perplexity=asked.perplexity, max_length=asked.max_length, progress=False)
+        return run_evaluation(
+            model, out, perplexity=asked.perplexity, max_length=asked.max_length, dtype=asked.dtype, progress=False
+        )
 
     monkeypatch.setattr(runner, "_work", do)
     monkeypatch.setattr(runner, "evaluate", evaluate)
@@ -120,7 +122,7 @@ def test_keys_go_by_content(tmp_path):
     keys = [cell.key for cell in opened(write_comparison(tmp_path / "a"))[1].wanted()]
     assert len(set(keys)) == 3
     assert [cell.key for cell in opened(write_comparison(tmp_path / "b"))[1].wanted()] == keys
-    for change in ("prune.samples=5", "max_length=32", "perplexity_words=9"):
+    for change in ("prune.samples=5", "max_length=32", "perplexity_words=9", "dtype=bfloat16"):
         assert not set(keys[1:]) & {c.key for c in opened(tmp_path / "a" / "compare.yaml", change)[1].wanted()}
     # The original has no use for calibration.
     assert next(opened(tmp_path / "a" / "compare.yaml", "prune.samples=5")[1].wanted()).key == keys[0]
@@ -140,6 +142,17 @@ def test_settings_of_other_methods_are_no_part():
     assert PruneJob(here, "parameters").identity() == PruneJob(there, "parameters").identity()
     here, there = (PruneSettings(method="sheared", sparsity=0.5, sheared_steps=steps) for steps in (3, 4))
     assert PruneJob(here, "parameters").identity() != PruneJob(there, "parameters").identity()
+
+
+def test_weights_may_be_held_in_bfloat16(in_this_process, tmp_path):
+    path = write_comparison(tmp_path, seeds=[0], dtype="bfloat16", keep=True, variants={"u": {"method": "magnitude"}})
+    compare(path, console=quiet())
+    _, cells = opened(path)
+    assert not cells.open()
+    (cell,) = (cell for cell in cells.wanted() if cell.job)
+    told = read_json(cells.run_folder(cell) / "model/config.json")
+    assert told["dtype"] == "bfloat16"
+    assert read_json(cells.run_folder(cell) / "eval.json")["dtype"] == "bfloat16"
 
 
 # --- equal sizes -----------------------------------------------------------------------------------------------------

@@ -115,6 +115,8 @@ class PruneCells:
             "max_length": settings.max_length,
             "tasks": sorted(settings.tasks),
             "task_limit": settings.task_limit,
+            # Only where it is not the default: cells that were kept before there was a choice stay what they are.
+            **({"dtype": settings.dtype} if settings.dtype != "float32" else {}),
         }
 
 

@@ -64,6 +64,9 @@ class PruneCompareConfig:
     data: tuple[SourceConfig, ...] = ()
     """Text that importance is measured on (of shrink: that it trains on, too); none: the text that graftlm demo trains
     on."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the weights are held in while they are pruned and measured; bfloat16 takes half of the memory (of shrink: in
+    measuring; its training has shrink.train.dtype)."""
     control: str | None = None
     """Variant that the others' differences are against; None: the one with method llm-pruner, else the first."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -105,7 +105,7 @@ def run_cell(
     if cell.job and not ((folder / DONE).exists() and (folder / MODEL).exists()):
         given = folder / "given.json"
         data = [dataclasses.asdict(source) for source in settings.data]
-        write_json(given, {**cell.job.given(), "model": settings.model, "data": data})
+        write_json(given, {**cell.job.given(), "model": settings.model, "data": data, "dtype": settings.dtype})
         _work(given, log, left(), say)
     pruned = read_json(folder / DONE) if cell.job else {}
     model = str(folder / MODEL) if cell.job else settings.model
@@ -113,6 +113,7 @@ def run_cell(
         Path(text).name: measured_text(Path(text), settings.perplexity_words, folder) for text in settings.perplexity
     }
     options = [word for text in texts.values() for word in ("--perplexity", str(text))]
+    options += ["--dtype", settings.dtype]
     options += ["--max-length", str(settings.max_length)] if settings.max_length is not None else []
     # A limit would also cut texts, of which it counts the documents: these are one each.
     report = evaluate(model, folder / "eval.json", [*options, *Tasks.of(settings).options()], log, left(), say)

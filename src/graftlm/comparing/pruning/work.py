@@ -33,7 +33,7 @@ def work(given: dict[str, Any], folder: Path) -> None:
         return _shrink(given["shrink"], folder)
     settings = PruneSettings(**given["prune"])
     tokenizer = load_tokenizer(given["model"])
-    model = load_model(given["model"])
+    model = load_model(given["model"], dtype=given["dtype"])
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     if given["sparsity_of"] == "parameters" and settings.sparsity is not None:
