@@ -52,7 +52,7 @@ def test_floats_as_people_write_them(load, text):
         ("max_steps: 1e3", "max_steps", 1000),
         ("max_steps: 1_000", "max_steps", 1000),
         ("seed: 010", "seed", 10),  # YAML 1.1 would say 8
-        ("seed: 9007199254740993", "seed", 2**53 + 1),  # not through a float
+        ("eval_steps: 9007199254740993", "eval_steps", 2**53 + 1),  # not through a float
         ("learning_rate: 1", "learning_rate", 1.0),
         ("packing: no", "packing", False),
         ("packing: 'true'", "packing", True),
