@@ -12,6 +12,7 @@ from graftlm.anatomy import linear, read_anatomy
 from graftlm.errors import UserError
 from graftlm.masking import masked, output_columns
 from graftlm.models import load_model, load_tokenizer, save_model
+from graftlm.pruning.surgery import keep_components
 from graftlm.reporting.rundata import read_activations
 
 
@@ -119,6 +120,22 @@ def test_assess_compares_two_models(tmp_path, data, capsys):
         assert (out / "plots" / f"{name}.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "a sample is one conversation" in printed and "tiny-llama without 25%" in printed
+
+
+@pytest.mark.parametrize("smaller_first", [False, True])
+def test_models_of_other_widths_have_sets_of_their_own(smaller_first, tmp_path, data, capsys):
+    """As an original and what pruning left of it."""
+    kept = {"layer0_channels": torch.arange(96), "layer1_channels": torch.arange(96)}
+    smaller = keep_components(load_model("tiny-llama"), kept)
+    save_model(smaller, load_tokenizer("tiny-llama"), tmp_path / "small")
+    names = ["tiny-llama", str(tmp_path / "small")][:: -1 if smaller_first else 1]
+    out = assessment.assess(names[0], data, tmp_path / "out", compare=names[1], samples=4, max_length=32)
+    _, second = json.loads((out / "assessment.json").read_text())["models"]
+    alone = assessment.assess(names[1], data, tmp_path / "alone", samples=4, max_length=32)
+    (own,) = json.loads((alone / "assessment.json").read_text())["models"]
+    assert second["subspaces"] == own["subspaces"]
+    assert any("of other widths than the first model's" in note for note in second["notes"])
+    assert "the first model's P and N" not in capsys.readouterr().out
 
 
 def test_padding_and_batches_change_nothing(tmp_path, data, monkeypatch):

@@ -125,6 +125,7 @@ def test_eval(calls, capsys):
         "allow_code_execution": False,
         "code_samples": None,
         "dtype": "float32",
+        "trust_remote_code": False,
     }
     assert only(calls) == ("run_evaluation", ("m", Path("o.json")), expected)
     assert capsys.readouterr().out == "piqa:\n  acc: 0.5\npiqa: half of it\nwritten to o.json\n"

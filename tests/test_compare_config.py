@@ -11,6 +11,7 @@ from graftlm import config_docs
 from graftlm.comparing.config import CONTROL, CompareConfig, load_comparison
 from graftlm.comparing.identity import key_of, same_settings, settings_of
 from graftlm.errors import UserError
+from graftlm.training.config import DistillationConfig
 
 ROOT = Path(__file__).parents[1]
 BASE = "base:\n  model: tiny-llama\n  data: a.jsonl\n  eval_data: b.jsonl\n  max_steps: 10\n"
@@ -51,6 +52,7 @@ def load(tmp_path, text, *overrides):
         (BASE + "variants:\n  control: {method: apex}\n", "c.yaml:7: variants.control: the control is always there"),
         (BASE, "c.yaml:1: variants: is missing; give variants"),
         (BASE + "variants: {}\n", "c.yaml:6: variants: there is none"),
+        (BASE.replace("eval_data: b.jsonl", "eval_fraction: 0") + "variants: {a: {}}\n", "base.eval_data: there is"),
         (BASE + "variants: {a: {}}\nseeds: [0, 0]\n", "c.yaml:7: seeds: [0, 0] has a value twice"),
         (BASE + "variants: {a: {}}\nseeds: [0]\nselection_seeds: [1]\n", "c.yaml:8: selection_seeds: 1 is not among"),
         (BASE + "variants: {a: {}}\nlearning_rates: [0]\n", "c.yaml:7: learning_rates: every value must be above 0"),
@@ -122,6 +124,29 @@ def test_controls_have_the_schedule_of_their_arm(tmp_path):
     assert (staged.follows, staged.config.apex.stage_learning_rates) == ("staged", (1e-4, 1e-5))
     assert read.arm(CONTROL).follows is None
     assert read.arm("plain").config == read.arm(CONTROL).config  # the same run, then
+
+
+def test_what_is_no_methods_own_stays_with_plain_arms_and_the_control(tmp_path):
+    """A teacher and weights of samples change plain training, too."""
+    text = BASE + (
+        "variants:\n  teacher: {method: full, distillation.teacher: tiny-llama}\n"
+        "  weighted: {method: full, reweighting.strategy: quadratic}\n"
+    )
+    read = load(tmp_path, text)
+    assert read.arm("teacher").config.distillation.teacher == "tiny-llama"
+    assert read.arm("weighted").config.reweighting.strategy == "quadratic"
+    assert len({str(arm.config) for arm in read.arms}) == 3
+    read = load(tmp_path, BASE + "  distillation: {teacher: tiny-llama}\nvariants:\n  a: {method: apex}\n")
+    assert read.arm(CONTROL).config.distillation.teacher == read.arm("a").config.distillation.teacher == "tiny-llama"
+    read = load(tmp_path, BASE + "  reweighting: {strategy: quadratic}\nvariants:\n  a: {method: apex}\n")
+    assert read.arm("a").config.reweighting.strategy == "quadratic"
+    assert read.arm(CONTROL).config.reweighting.strategy == "none"  # all samples count alike
+
+
+def test_data_that_a_run_chooses_itself_cannot_be_compared(message):
+    two = BASE.replace("data: a.jsonl\n", "data: [a.jsonl, c.jsonl]\n", 1).replace("b.jsonl", "[b.jsonl, d.jsonl]")
+    text = two + "  dynamic_loading: {every: 5}\nvariants: {a: {method: apex}}\n"
+    assert "a run's losses decide what it reads next" in message(text)
 
 
 def test_learning_rates_and_the_halves_of_held_out_data(tmp_path):
@@ -214,3 +239,16 @@ def test_every_key_is_explained():
     for name, (_, text) in config_docs.field_docs(CompareConfig).items():
         assert f"| `{name}` |" in page
         assert text in page, name
+
+
+def test_a_teacher_is_known_by_its_weights(config, tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "model.safetensors").write_text("weights")
+    taught = dataclasses.replace(config, distillation=DistillationConfig(teacher=str(teacher)))
+    before = key_of(settings_of(taught))
+    teacher.rename(tmp_path / "moved")
+    moved = dataclasses.replace(config, distillation=DistillationConfig(teacher=str(tmp_path / "moved")))
+    assert key_of(settings_of(moved)) == before != key_of(settings_of(config))
+    (tmp_path / "moved/model.safetensors").write_text("others")
+    assert key_of(settings_of(moved)) != before

@@ -215,7 +215,7 @@ def test_tasks_go_through_graftlm_eval(in_this_process, monkeypatch, tmp_path):
     _, cells = opened(write_comparison(tmp_path, tasks=["arc_easy"], task_limit=4, task_data_dir="D"))
     cell = cells.open()[0]
     config = dataclasses.replace(cell.config, output_dir=str(tmp_path / "run"))
-    tasks = Tasks(("arc_easy",), limit=4, data_dir="D", allow_code_execution=True)
+    tasks = Tasks(("arc_easy",), limit=4, data_dir="D", allow_code_execution=True, trust_remote_code=True)
     monkeypatch.setattr(process.subprocess, "Popen", popen)
     record = run_record(config, cell.settings, tasks=tasks)
     assert record["tasks"]["results"]["arc_easy"]["acc"] == 0.25
@@ -224,6 +224,32 @@ def test_tasks_go_through_graftlm_eval(in_this_process, monkeypatch, tmp_path):
     assert words[:2] == ["eval", str(tmp_path / "run" / "model")]
     assert words[words.index("--tasks") + 1] == "arc_easy" and words[words.index("--limit") + 1] == "4"
     assert words[words.index("--data-dir") + 1] == "D" and "--allow-code-execution" in words
+    assert cli.parse(words).trust_remote_code
+
+
+def test_a_folder_of_other_settings_is_no_finished_run(in_this_process, tmp_path):
+    """As where a default has changed: the name of the folder has not."""
+    _, cells = opened(write_comparison(tmp_path))
+    cell = cells.open()[0]
+    config = dataclasses.replace(cell.config, output_dir=str(tmp_path / "run"))
+    first = run_record(config, cell.settings)
+    assert run_record(config, cell.settings)["eval_loss_end"] == first["eval_loss_end"]
+    assert len(in_this_process) == 1
+    run_record(config, {**cell.settings, "adam_beta2": 0.5})
+    assert len(in_this_process) == 2
+
+
+def test_a_run_that_was_not_evaluated_is_said_at_once(monkeypatch, tmp_path):
+    ran = []
+
+    def record(config, settings, **given):
+        ran.append(config.seed)
+        return {"eval_loss_end": None}
+
+    monkeypatch.setattr(runner, "run_record", record)
+    with pytest.raises(UserError, match=r"control, seed 0, learning rate 0\.001: was not evaluated"):
+        compare(write_comparison(tmp_path), console=quiet())
+    assert len(ran) == 1
 
 
 def test_an_evaluation_ends_with_the_comparison(tmp_path):

@@ -233,6 +233,16 @@ def test_own_questions_with_wrong_fields(tmp_path):
         prepare_multiple_choice(write(tmp_path, "none.jsonl", []), "own")
 
 
+def test_a_context_that_is_too_short_or_too_long(model, tokenizer, data):
+    writing = prepare_tasks(parse_tasks(["gsm8k_cot:0"]), data_dir=data)
+    with pytest.raises(UserError, match="gsm8k_cot: writes up to 256 tokens, and the context has 200"):
+        evaluate_tasks(model, tokenizer, writing, max_length=200, progress=False)
+    choosing = prepare_tasks(parse_tasks(["arc_easy"]), data_dir=data)
+    context = model.config.max_position_embeddings
+    with pytest.raises(UserError, match=f"max_length: {context + 1} is above the model's context of {context} tokens"):
+        evaluate_tasks(model, tokenizer, choosing, max_length=context + 1, progress=False)
+
+
 # --- going on --------------------------------------------------------------------------------------------------------
 
 WORK = ["arc_easy", "gsm8k_cot:1", "wikitext"]

@@ -105,6 +105,21 @@ def test_replay_of_comparisons(tmp_path):
     assert replayed(("k", 0.1), ("l", 0.05, 0.08)) == ("apex", "pays", "does not", False)  # plain gains more
 
 
+def test_replayed_pairs_are_of_one_seed():
+    def comparison(**gains):
+        arms = [{"name": name, "matched": "control", "difference": {"by_seed": by}} for name, by in gains.items()]
+        return {"arms": [*arms, {"name": "control"}]}
+
+    gains = {"0": -0.1, "1": -0.2, "2": -0.3, "3": -0.4}
+    some = {seed: gap for seed, gap in gains.items() if seed != "1"}  # a run failed
+    short = comparison(apex=gains, faster=some)
+    (found,) = replay_comparison(short, short, faster="faster", pairs=4, minimum_effect=-1)
+    assert found.verdict.over_faster == pytest.approx(0)
+    short["arms"][0]["matched"] = "another"
+    with pytest.raises(UserError, match="several controls"):
+        replay_comparison(short, short, faster="faster")
+
+
 # --- the runs it makes
 
 

@@ -59,7 +59,7 @@ class Assessed:
     notes: list[str]
     choices: dict[str, Choice]
     subspaces: dict[str, dict[str, Any]]
-    """{block: {role: Subspaces}}, of the first model's P and N."""
+    """{block: {role: Subspaces}}, of the first model's P and N where this one has the same blocks."""
     masking: dict[str, Any] | None = None
     sensitivity: dict[str, Any] | None = None
     """pruning.sensitivity.layer_sensitivity."""
@@ -153,12 +153,17 @@ def _assess_one(
         )
     layers = _layers(anatomy, recorder, means)
     own = {b.name: choose(b, recorder.votes[b.name].cpu(), set_size(b, shares[b.kind])) for b in anatomy.blocks}
-    if choices is None or choices.keys() != own.keys():
-        choices = own
+    others_note = []
+    if choices is not None and {n: len(c.order) for n, c in choices.items()} != {
+        n: len(c.order) for n, c in own.items()
+    }:
+        others_note = ["its layers are of other widths than the first model's, so the spaces are of P and N of its own"]
+        choices = None
+    choices = own if choices is None else choices
     subspaces = read_subspaces(model, anatomy, choices)
     activations = {str(k): v for k, v in means.items()}
     assessed = Assessed(label, seen, tokens, shares, activations, layers, [], choices, subspaces)
-    assessed.notes = [*anatomy.notes, *recorder.notes]
+    assessed.notes = [*anatomy.notes, *recorder.notes, *others_note]
     assessed.data_notes = list(prepared.statistics.notes)
     if mask is not None:
         assessed.masking = _masking(model, anatomy, recorder, _batches(prepared, others or chosen, model), mask)
@@ -283,7 +288,8 @@ def _print(found: Sequence[Assessed], written: Sequence[Path]) -> None:
 
 def _spaces_table(found: Sequence[Assessed]) -> Table:
     """Means over layers."""
-    title = f"the first model's P and N: spaces (of {found[0].label})" if len(found) > 1 else "P and N: spaces"
+    of_first = len(found) > 1 and all(one.choices is found[0].choices for one in found)
+    title = f"the first model's P and N: spaces (of {found[0].label})" if of_first else "P and N: spaces"
     headers = ("model", "matrix", "effective rank of P", "of N", "of both", "overlap", "by chance")
     table = Table(*headers, title=Text(title), header_style="bold")
     for one in found:

@@ -238,6 +238,9 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="the weights' (default float32)"
     )
+    evaluate.add_argument(
+        "--trust-remote-code", action="store_true", help="let code run that comes with the model (default: no)"
+    )
     evaluate.add_argument("--log-samples", action="store_true", help="keep what became of every question")
     evaluate.add_argument(
         "--allow-code-execution", action="store_true", help="for humaneval: run, contained, programs the model wrote"

@@ -65,7 +65,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from graftlm.evaluation import run
 
     names = ("tasks", "multiple_choice", "perplexity", "data_dir", "limit", "batch_size", "max_length", "seed")
-    more = ("log_samples", "allow_code_execution", "code_samples", "dtype")
+    more = ("log_samples", "allow_code_execution", "code_samples", "dtype", "trust_remote_code")
     report = run.run_evaluation(args.model, args.out, **{name: getattr(args, name) for name in (*names, *more)})
     _print_mapping(report["results"])
     for name, notes in report["notes"].items():

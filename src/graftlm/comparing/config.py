@@ -11,6 +11,7 @@ from yaml.nodes import Node
 from graftlm.apex_config import ApexConfig
 from graftlm.configuring import config_from_layers, load_dataclass, place_of, take
 from graftlm.errors import UserError
+from graftlm.methods.sparse_settings import ReweightingSettings
 from graftlm.training.config import RunConfig
 
 CONTROL = "control"
@@ -23,6 +24,8 @@ SAME_FOR_ALL = (
     *("streaming", "max_steps", "num_train_epochs"),
 )
 """What decides where an arm starts, what it is trained on, in which order, and what it is measured on."""
+OF_ANY_METHOD = ("distributed", "distillation", "reweighting", "dynamic_loading")
+"""Sections of a config that are no method's own: plain training has a use for them."""
 NOT_IN_BASE = {
     "output_dir": "a comparison names its run folders itself; give output_dir at the top",
     "seed": "give seeds at the top",
@@ -131,6 +134,8 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         if take(settings.base, key)[0] is not None:
             raise UserError(f"{place_of(settings.base, key)}base.{key}: {why}")
     base = config_from_layers(settings.base)
+    if not base.eval_data and not base.eval_fraction:
+        raise UserError("base.eval_data: there is none to compare losses on; give it, or an eval_fraction above 0")
     _check_multiples(settings.plain_multiples, base.max_steps)
     variants = [_variant(name, node, base, settings) for name, node in settings.variants.items()]
     controls, matched = _controls(base, variants, settings)
@@ -155,6 +160,11 @@ def _variant(name: str, node: Node, base: RunConfig, settings: CompareConfig) ->
     config = config_from_layers(settings.base, changes)
     if config.method == "full":
         config = dataclasses.replace(config, **_plain_sections(config))
+    if config.dynamic_loading.every:
+        raise UserError(
+            f"{place_of(changes, 'dynamic_loading')}variants.{name}.dynamic_loading: a run's losses decide what it "
+            "reads next, so the arms would not see the same tokens; leave it out"
+        )
     for key in SAME_FOR_ALL:
         if getattr(config, key) != getattr(base, key):
             raise UserError(
@@ -199,8 +209,9 @@ def control_config(base: RunConfig, arm: RunConfig) -> tuple[RunConfig, bool]:
     """Plain training on `base` with the schedule of `arm`, and whether its learning rate follows `arm`'s stages.
 
     All settings of methods are at their defaults: they have no effect, and one control serves arms that differ in them.
+    It learns from base's teacher, if there is one, and counts all samples alike (as training.control does).
     """
-    plain = _plain_sections(base)
+    plain = {**_plain_sections(base), "reweighting": ReweightingSettings()}
     staged = arm.method == "apex" and (arm.apex.stage_learning_rates is not None or arm.apex.rewarmup_ratio > 0)
     if staged:
         plain["apex"] = ApexConfig(**{name: getattr(arm.apex, name) for name in STAGE_SCHEDULE})
@@ -211,7 +222,7 @@ def control_config(base: RunConfig, arm: RunConfig) -> tuple[RunConfig, bool]:
 def _plain_sections(config: RunConfig) -> dict[str, Any]:
     """Every method's settings, at their defaults: plain training has no use for them."""
     sections = (f.name for f in fields(config) if dataclasses.is_dataclass(getattr(config, f.name)))
-    return {name: type(getattr(config, name))() for name in sections if name != "distributed"}
+    return {name: type(getattr(config, name))() for name in sections if name not in OF_ANY_METHOD}
 
 
 def _halved(config: RunConfig) -> RunConfig:

@@ -27,6 +27,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
         settings[key] = content_of_sources(getattr(config, key))
     for key in ("model", "chat_template"):
         settings[key] = by_content(settings[key])
+    settings["distillation"] = {**settings["distillation"], "teacher": by_content(settings["distillation"]["teacher"])}
     return settings
 
 

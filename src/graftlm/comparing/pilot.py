@@ -56,6 +56,8 @@ def plan_pilot(config: RunConfig, total_steps: int, *, share: float = SHARE, pai
     """
     if config.method == "full":
         raise UserError("method: full is what a pilot compares with; give the method to try, e.g. method=apex")
+    if config.dynamic_loading.every:
+        raise UserError("dynamic_loading: a run's losses decide what it reads next, so no control could see the same")
     if pairs < FEWEST:
         raise UserError(f"pairs: {pairs} give no interval; at least {FEWEST}")
     sequences = config.per_device_train_batch_size * config.gradient_accumulation_steps

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from graftlm.comparing.identity import same_settings
 from graftlm.comparing.results import Record, record_of
 from graftlm.comparing.tasks import Tasks
 from graftlm.configuring import dump_yaml
@@ -21,6 +22,8 @@ from graftlm.training.control import start_training
 
 BIG = ("model", "checkpoints", "activations.safetensors")
 """What of a run folder is deleted when its figures are kept elsewhere."""
+SETTINGS = "settings.json"
+"""Of a run folder: identity.settings_of its config."""
 TIMER = "wall.json"
 """Of a run folder: seconds of its processes so far."""
 STREAMS: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -53,12 +56,16 @@ def run_record(
     """
     folder = Path(config.output_dir)
     finished, timer = folder / "summary.json", folder / TIMER
+    told = folder / SETTINGS
+    if told.exists() and not same_settings(read_json(told), settings):
+        shutil.rmtree(folder)  # a default has changed since: the name is the same, the run another
     if finished.exists() and tasks is not None and not (folder / "model").exists():
         shutil.rmtree(folder)  # to be evaluated on other tasks, after its model was deleted
     before = float(read_json(timer)["seconds"]) if timer.exists() else 0.0
     began = time.monotonic()
     log = folder / "log.txt"
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(told, settings)
 
     def left() -> float | None:
         return None if seconds_left is None else seconds_left - (time.monotonic() - began)
@@ -99,7 +106,12 @@ def _evaluate(
     folder: Path, tasks: Tasks, log: Path, seconds: float | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     report = evaluate(str(folder / "model"), folder / "tasks.json", tasks.options(), log, seconds, say)
-    return {"asked": list(tasks.asked), "limit": tasks.limit, "results": report["results"]}
+    return {
+        "asked": list(tasks.asked),
+        "limit": tasks.limit,
+        "results": report["results"],
+        "data": report.get("data", {}),
+    }
 
 
 def evaluate(

@@ -55,14 +55,16 @@ class Results:
 
 
 def _with_tasks_of(record: Record, earlier: Record | None) -> Record:
-    """The record of a run that was done again for other tasks, with what it scored before on as many questions."""
+    """The record of a run that was done again for other tasks, with what it scored before on as many questions, unless
+    a task is among both: it may have had other shots."""
     if earlier is None or not earlier.get("tasks") or not same_settings(earlier["settings"], record["settings"]):
         return record
     old, new = earlier["tasks"], record.get("tasks") or {"asked": [], "limit": earlier["tasks"]["limit"], "results": {}}
-    if old["limit"] != new["limit"]:
+    if old["limit"] != new["limit"] or old["results"].keys() & new["results"].keys():
         return record
     asked = list(dict.fromkeys([*old["asked"], *new["asked"]]))
-    return {**record, "tasks": {"asked": asked, "limit": new["limit"], "results": old["results"] | new["results"]}}
+    parts = {key: old.get(key, {}) | new.get(key, {}) for key in ("results", "data")}
+    return {**record, "tasks": {"asked": asked, "limit": new["limit"], **parts}}
 
 
 def record_of(run: RunData, settings: Mapping[str, Any], *, wall_seconds: float, tasks: Mapping[str, Any]) -> Record:

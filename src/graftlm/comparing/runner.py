@@ -75,7 +75,12 @@ def run_cells(cells: Cells, failed: dict[str, str], minutes: float | None, conso
         folder = cells.run_folder(cell)
         config = dataclasses.replace(cell.config, output_dir=str(folder))
         tasks = Tasks.of(settings) if cell.wants_tasks else None
+        tasks = tasks and dataclasses.replace(tasks, trust_remote_code=config.trust_remote_code)
         record = run_record(config, cell.settings, tasks=tasks, seconds_left=left, say=say)
+        if record["eval_loss_end"] is None:
+            raise UserError(
+                f"{cell.title}: was not evaluated, there was too little data; give base.eval_data, or more data"
+            )
         cells.results.put(cell.key, record)
         if not settings.keep:
             discard(folder)

@@ -89,6 +89,8 @@ def what_differs(a: Record, b: Record) -> list[str]:
     for key in (*SAME_FOR_ALL, "seed"):
         if not same_settings({key: a["settings"].get(key)}, {key: b["settings"].get(key)}):
             found.append(f"{key} is not the same")
+    mine, theirs = (one["tasks"].get("data", {}) for one in (a, b))
+    found += [f"the data of {name} is not the same" for name in mine if name in theirs and mine[name] != theirs[name]]
     return found
 
 

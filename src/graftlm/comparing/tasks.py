@@ -32,6 +32,8 @@ class Tasks:
     """Folder with the tasks' data; None: from the Hub."""
     allow_code_execution: bool = False
     """HumanEval may run programs that the models wrote."""
+    trust_remote_code: bool = False
+    """Code that comes with the model may run."""
 
     @classmethod
     def of(cls, settings: TaskSettings) -> "Tasks":
@@ -42,6 +44,7 @@ class Tasks:
         words = ["--tasks", ",".join(self.asked)] if self.asked else []
         words += ["--limit", str(self.limit)] if self.limit is not None else []
         words += ["--data-dir", self.data_dir] if self.data_dir is not None else []
+        words += ["--trust-remote-code"] * self.trust_remote_code
         return words + ["--allow-code-execution"] * self.allow_code_execution
 
     def check(self) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graftlm.comparing.statistics import FEWEST, repeated_interval
+from graftlm.errors import UserError
 
 MINIMUM_EFFECT = 0.002
 """Nats per token: a fifth of a percent of perplexity."""
@@ -111,20 +112,27 @@ def replay_comparison(
     found = []
     for name in early:
         if name != faster and name in late:
-            verdict = replay(early[name], _over(early[name], early[faster]), minimum_effect=minimum_effect, pairs=pairs)
-            ends = [repeated_interval(gains, looks=1) for gains in (late[name], _over(late[name], late[faster]))]
-            answers = {_answer(interval, minimum_effect) for interval in ends}
+            verdict = replay(
+                list(early[name].values()),
+                _over(early[name], early[faster]),
+                minimum_effect=minimum_effect,
+                pairs=pairs,
+            )
+            gains = (list(late[name].values()), _over(late[name], late[faster]))
+            answers = {_answer(repeated_interval(one, looks=1), minimum_effect) for one in gains}
             truth = next(answer for answer in ("does not", "undecided", "pays") if answer in answers)
             found.append(Replayed(name, verdict, truth))
     return found
 
 
-def _gains(comparison: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Control minus arm, seed by seed, of every arm that has been run."""
-    arms = (arm for arm in comparison["arms"] if arm.get("difference"))
-    return {arm["name"]: [-gap for gap in arm["difference"]["by_seed"].values()] for arm in arms}
+def _gains(comparison: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Control minus arm, by seed, of every arm that has been run. Raises UserError where arms have several controls."""
+    arms = [arm for arm in comparison["arms"] if arm.get("difference")]
+    if len(controls := {arm["matched"] for arm in arms}) > 1:
+        raise UserError(f"the arms have several controls ({', '.join(sorted(controls))}), which a pilot has not")
+    return {arm["name"]: {seed: -gap for seed, gap in arm["difference"]["by_seed"].items()} for arm in arms}
 
 
-def _over(gains: Sequence[float], faster: Sequence[float]) -> list[float]:
-    """Faster control minus arm, from control minus arm and control minus faster control; as many as both have."""
-    return [gain - ahead for gain, ahead in zip(gains, faster, strict=False)]
+def _over(gains: Mapping[str, float], faster: Mapping[str, float]) -> list[float]:
+    """Faster control minus arm, from control minus arm and control minus faster control, of seeds that both have."""
+    return [gain - faster[seed] for seed, gain in gains.items() if seed in faster]

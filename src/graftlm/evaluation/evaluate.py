@@ -121,7 +121,9 @@ def run_harness(
     for task in tasks.values():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(f"{task.task_name}: runs generated programs uncontained; the task humaneval contains them")
-        longest = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", 0)
+        writes = task.OUTPUT_TYPE == "generate_until"
+        told = task.get_config("generation_kwargs") or {}
+        longest = told.get("max_gen_toks", lm.max_gen_toks) if writes else 0
         if longest >= lm.max_length:
             raise UserError(
                 f"{task.task_name}: writes up to {longest} tokens, and the context has {lm.max_length}; leave it out"

@@ -116,9 +116,12 @@ def harness_model(
     get the tokenizer's special tokens (None: as the tokenizer does by default). `progress`: draw bars. `answers`: a
     cache to take answers from and keep them in. Meanwhile the model is in evaluation mode; afterwards every module is
     in the mode it was in. The tokenizer is not changed.
-    Raises UserError when the tokenizer has more tokens than the model.
+    Raises UserError when the tokenizer has more tokens than the model, and for a context above the model's.
     """
     check_vocabulary(model, tokenizer)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and context is not None and max_length > context:
+        raise UserError(f"max_length: {max_length} is above the model's context of {context} tokens")
     modes = [(module, module.training) for module in model.modules()]
     if tokenizer.pad_token_id is None:
         tokenizer = copy.deepcopy(tokenizer)  # the harness would give the caller's one a pad token
