@@ -326,6 +326,14 @@ def test_streamed_mixture(tmp_path):
     assert set(letters[:4]) == {"a", "b"}
 
 
+def test_a_stream_is_shown_once(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "once"}])
+    config = run_config(path, cache=tmp_path, eval_fraction=0.0, streaming=True, max_steps=5, **STEPS)
+    console = Console(file=io.StringIO(), width=200)
+    show_data(config, TOKENIZER, count=9, out=console)
+    assert console.file.getvalue().count("once") == 1
+
+
 def test_streaming_without_a_document_to_hold_back(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("x" * 500)

@@ -13,6 +13,7 @@ from graftlm.training.config import RunConfig
 from graftlm.training.data.packing import IGNORE
 from graftlm.training.data.prepare import PreparedData, prepare_data
 from graftlm.training.data.statistics import DataStatistics
+from graftlm.training.data.streaming import StreamedBlocks
 
 SUPERVISED, UNSUPERVISED, NOTE = "bold green", "dim", "cyan"
 
@@ -78,5 +79,5 @@ def statistics_table(statistics: DataStatistics) -> Table:
 
 def _items(data: PreparedData) -> Any:
     """The items from the first on, which a person can compare with the file."""
-    length = getattr(data.train, "__len__", None)
-    return iter(data.train) if length is None else (data.train[i] for i in range(length()))
+    train: Any = data.train
+    return train.one_pass() if isinstance(train, StreamedBlocks) else (train[i] for i in range(len(train)))
