@@ -301,3 +301,11 @@ def test_metadata_says_what_the_file_is(tmp_path: Path) -> None:
     assert fields["deci.feed_forward_length"] == [24, 1]
     assert '"num_attention_heads": 0' in fields["graftlm.layers"]
     assert heard[-1] == (written.tensors, written.tensors) and len(heard) == written.tensors
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
+    left, other = tmp_path / ".m.gguf.unfinished-abc", tmp_path / ".n.gguf.unfinished-abc"
+    for path in (left, other):
+        path.write_bytes(b"GGUF")
+    export_gguf(model_of("llama"), build_tiny_tokenizer(), tmp_path / "m.gguf")
+    assert not left.exists() and other.exists()
