@@ -4,7 +4,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from graftlm.errors import UserError
-from graftlm.models import check_vocabulary, load_model, load_tokenizer
+from graftlm.models import check_vocabulary, context_of, load_model, load_tokenizer
 
 
 def generate(
@@ -50,7 +50,7 @@ def generate_text(
         raise UserError(f"temperature: {temperature} must be 0 (the likeliest token) or above")
     check_vocabulary(model, tokenizer)
     ids = _encode(tokenizer, prompt, chat).to(model.device)  # [1, S]
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = context_of(model)
     if longest is not None and ids.shape[1] + max_new_tokens > longest:
         raise UserError(
             f"the prompt's {ids.shape[1]} tokens and max_new_tokens {max_new_tokens} exceed the model's context of "

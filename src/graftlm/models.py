@@ -180,6 +180,12 @@ def save_model(
             write_text(temporary / name, text)
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """Tokens that it can see at most; None where its config does not say."""
+    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
 def has_own_class(model: torch.nn.Module) -> bool:
     """Whether transformers alone has no class for `model`: its folder then holds a copy of ours (OWN_CLASSES)."""
     return str(getattr(model.config, "model_type", "")).startswith(tuple(OWN_CLASSES))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftlm.errors import UserError
 from graftlm.evaluation.request_cache import RequestCache
-from graftlm.models import check_vocabulary, quiet_transformers
+from graftlm.models import check_vocabulary, context_of, quiet_transformers
 
 
 class HarnessModel(HFLM):
@@ -119,7 +119,7 @@ def harness_model(
     Raises UserError when the tokenizer has more tokens than the model, and for a context above the model's.
     """
     check_vocabulary(model, tokenizer)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model)
     if max_length is not None and context is not None and max_length > context:
         raise UserError(f"max_length: {max_length} is above the model's context of {context} tokens")
     modes = [(module, module.training) for module in model.modules()]

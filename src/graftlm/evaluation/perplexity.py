@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from graftlm.errors import UserError
 from graftlm.evaluation.harness import harness_model
 from graftlm.evaluation.request_cache import RequestCache
+from graftlm.models import context_of
 from graftlm.training.config import SourceConfig
 from graftlm.training.data.sources import iterate_rows
 
@@ -98,7 +99,7 @@ def _read_documents(path: str | Path, limit: int | None) -> list[str]:
 
 def _context_length(model: PreTrainedModel, asked: int | None) -> int:
     config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = context_of(model)
     if asked is not None:
         if asked < 1 or (longest is not None and asked > longest):
             raise UserError(f"max_length: {asked} is not from 1 to {longest or 'any number'}, the model's context")

@@ -20,7 +20,7 @@ from graftlm.anatomy import decoder_layers
 from graftlm.errors import UserError
 from graftlm.files import plain_disk_errors, remove_unfinished
 from graftlm.held_out import mean_loss
-from graftlm.models import check_vocabulary, load_model, load_skeleton, load_tokenizer
+from graftlm.models import check_vocabulary, context_of, load_model, load_skeleton, load_tokenizer
 from graftlm.parts import count_parameters
 from graftlm.progress import step_bar
 from graftlm.pruning.base import Pruned, PruneStep
@@ -71,7 +71,7 @@ def run_prune(
     calibration = calibration_from(tokenizer, settings, data, progress=progress)
     model = load_model(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model)
     if context is not None and settings.sample_length > context:
         raise UserError(
             f"prune: sample_length {settings.sample_length} is above the model's context of {context} tokens"

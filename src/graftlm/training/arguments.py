@@ -4,16 +4,16 @@ import difflib
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from graftlm.distilled_loss import DistilledLoss
 from graftlm.errors import UserError
 from graftlm.fused_loss import FusedLoss, unfit
 from graftlm.training.config import RunConfig
+from graftlm.training.schedule import base_schedule
 
 TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 """How transformers is told where TensorBoard's files go."""
@@ -62,10 +62,9 @@ def check_optimizer(config: RunConfig) -> None:
 
 
 def _check_schedule(config: RunConfig) -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
-    told: dict[str, Any] = dict(config.lr_scheduler_kwargs or {})
+    told = config.lr_scheduler_kwargs
     try:
-        get_scheduler(config.lr_scheduler_type, optimizer, 1, 100, scheduler_specific_kwargs=told)
+        base_schedule(config.lr_scheduler_type, config.learning_rate, 1, 100, told)
     except (TypeError, ValueError) as error:
         given = f"lr_scheduler_kwargs {told}" if told else "no lr_scheduler_kwargs"
         raise UserError(

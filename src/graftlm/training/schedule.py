@@ -1,11 +1,23 @@
 """Learning rate over stages: a rate per stage, or one schedule with a re-warmup at each boundary (section 4.2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from graftlm.apex_config import ApexConfig
+
+
+def base_schedule(
+    name: str, learning_rate: float, warmup_steps: int, total_steps: int, kwargs: Mapping[str, Any] | None
+) -> LambdaLR:
+    """One of transformers' schedules on an optimizer of nothing, for its factors. Raises TypeError and ValueError for
+    `kwargs` that it does not take, or misses."""
+    nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=learning_rate)
+    told = dict(kwargs) if kwargs else None
+    return get_scheduler(name, nothing, warmup_steps, total_steps, scheduler_specific_kwargs=told)
 
 
 def stage_factor(

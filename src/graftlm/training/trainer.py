@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from graftlm.activations import MODEL_INPUTS
@@ -21,7 +21,7 @@ from graftlm.apex_config import ApexConfig
 from graftlm.checkpointing import load_tensors, save_tensors
 from graftlm.errors import UserError
 from graftlm.training.data.streaming import StreamedBlocks
-from graftlm.training.schedule import follows_stages, refresh, stage_factor
+from graftlm.training.schedule import base_schedule, follows_stages, refresh, stage_factor
 
 APEX_FILE = "apex.safetensors"
 
@@ -158,13 +158,8 @@ class ApexMixin:
         optimizer = optimizer or trainer.optimizer
         args = trainer.args
         warmup = args.get_warmup_steps(num_training_steps)
-        # A schedule of its own on a dummy optimizer: any of transformers' schedules gives its factors this way.
-        base = get_scheduler(
-            args.lr_scheduler_type,
-            torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=args.learning_rate),
-            num_warmup_steps=warmup,
-            num_training_steps=num_training_steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        base = base_schedule(
+            args.lr_scheduler_type, args.learning_rate, warmup, num_training_steps, args.lr_scheduler_kwargs
         )
 
         def factor(step: int) -> float:
@@ -172,7 +167,7 @@ class ApexMixin:
                 step,
                 self.apex.clock.starts if self.apex is not None else starts or [0],
                 config,
-                base=base.lr_lambdas[0],  # type: ignore[union-attr]
+                base=base.lr_lambdas[0],
                 learning_rate=args.learning_rate,
                 warmup_steps=warmup,
                 total_steps=num_training_steps,
