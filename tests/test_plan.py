@@ -87,6 +87,24 @@ def test_estimating_leaves_the_model_and_the_random_state_alone():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"assessment": name} for name in ("average", "random", "magnitude", "gradient")),
+        {"start": "split"},
+        {"activation_regularization": 0.1},
+        {"operator_learning_rate": "auto"},
+        {"expand": False},
+        {"stages": 2, "stage_learning_rates": [1e-3, 1e-4]},
+        {"stage_by": "tokens", "stage_length": 100},
+    ],
+    ids=str,
+)
+def test_every_way_of_apex_is_estimated(settings):
+    planned = estimate(config(apex=settings), load_model("tiny-llama"), None)
+    assert planned["memory"]["optimizer state"] > 0 and planned["flops_per_step"] > 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_copy_has_fewer_layers_and_tokens(family):
     model = tiny_model(family, num_hidden_layers=3)

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_loop import QUARTER, REPEATED, begun, copied, same, train
 from tiny_models import FAMILIES, batches, tiny_model
 
@@ -14,7 +16,7 @@ from graftlm.apex_config import ApexConfig
 from graftlm.errors import UserError
 from graftlm.held_out import mean_loss
 from graftlm.importance import with_labels
-from graftlm.splitting import split
+from graftlm.splitting import most, split
 
 BATCH = batches(1)[0]
 
@@ -108,6 +110,49 @@ def test_a_split_that_costs_too_much_is_taken_back():
         runs.append((losses[:6], [n for n in apex.notes if "taken back" in n]))
     assert len(runs[1][1]) == 4
     assert runs[0][0][0] == runs[1][0][0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 70), st.data())
+def test_most_finds_the_largest_number_that_fits(count, data):
+    largest = data.draw(st.integers(0, count))
+    tried = []
+    assert most(count, lambda n: tried.append(n) or n <= largest) == largest
+    assert len(tried) <= 1 + count.bit_length()
+
+
+def test_layers_whose_weak_are_dead_are_split_and_others_left_alone():
+    """As in a model padded with zeros, which plain training can never use."""
+    model = tiny_model(num_hidden_layers=3)
+    anatomy = read_anatomy(model)
+    dead = 6  # of 24 channels, in the second layer
+    with torch.no_grad():
+        feed_forward = model.model.layers[1].mlp
+        for weight in (feed_forward.gate_proj.weight, feed_forward.up_proj.weight, feed_forward.down_proj.weight.T):
+            weight[-dead:] = 0
+        for layer in (0, 2):  # what their N gives, counts
+            model.model.layers[layer].mlp.down_proj.weight *= 30
+    before = copied(model.state_dict())
+    apex, _ = begun(model, start="split", split_tolerance=1e-4, stages=1)
+    after = model.state_dict()
+    split_in = {
+        block.layer
+        for block in anatomy.of_kind("channels")
+        for matrix in block.mixed
+        if not torch.equal(after[f"{matrix.module}.weight"], before[f"{matrix.module}.weight"])
+    }
+    assert split_in == {1}
+    assert (after["model.layers.1.mlp.down_proj.weight"][:, -dead:].abs().sum(0) > 0).all()
+    (note,) = [n for n in apex.notes if "splitting channels" in n]
+    assert "taken back in 2 of 3 layers; in the others by" in note
+    ids = BATCH["input_ids"]
+    fresh = tiny_model(num_hidden_layers=3)
+    fresh.load_state_dict(before)
+    for block in anatomy.of_kind("heads"):  # may have been split
+        for matrix in (*block.mixed, *block.followers):
+            name = f"{matrix.module}.weight"
+            fresh.get_parameter(name).data.copy_(after[name])
+    torch.testing.assert_close(model(input_ids=ids).logits, fresh(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_taking_back_restores_every_bit_of_weights_and_moments():

@@ -247,7 +247,8 @@ class Apex:
             self.slices.choose(self.choices, self.sizes)
         generators = {b.name: self._generator(i) for i, b in enumerate(self.anatomy.blocks)}
         if self.splitter is not None:
-            self.splitter.split(self.choices, generators, self.optimizer, self.clock.stage)
+            activations = self.recorder.mean_activations()
+            self.splitter.split(self.choices, activations, generators, self.optimizer, self.clock.stage)
         for expansion in self.expansions:
             name = expansion.block.name
             expansion.begin(self.choices[name], generators[name], self.config.operator_scale)

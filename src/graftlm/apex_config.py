@@ -51,7 +51,8 @@ class ApexConfig:
     """How a stage begins. zero: operators of 0, no bit of the output changes. split: besides, N becomes a copy of P
     and P's output is divided between the two (Net2Net), so that what N contributed before is lost (trains: full)."""
     split_tolerance: float = 0.02
-    """A split that raises the loss by more than so many nats is taken back, for heads and channels apart."""
+    """Layers are split, those first whose N is least active, as long as the loss rises by no more nats than this, for
+    heads and channels apart."""
     stages: int = 3
     """T: how often P and N are chosen. Each stage ends with fusion."""
     stage_by: Literal["steps", "epochs", "tokens"] = "steps"

@@ -4,14 +4,14 @@ N takes a copy of P, and P's part of the output is divided between the two: the 
 what N contributed before, which is let go. Both then learn apart. The zero start (section 3.2) changes nothing at all.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from graftlm.advantage import Choice
-from graftlm.anatomy import Anatomy, Block
+from graftlm.anatomy import Anatomy, Block, Kind
 from graftlm.held_out import mean_loss
 from graftlm.importance import with_labels
 from graftlm.panels import Place
@@ -63,8 +63,62 @@ def _moments(parameter: Tensor, optimizer: torch.optim.Optimizer | None) -> list
     return [m for m in state.values() if torch.is_tensor(m) and m.shape == parameter.shape]
 
 
+class _Splits:
+    """Blocks of which the first ones are split, as many as asked."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        choices: Mapping[str, Choice],
+        generators: Mapping[str, torch.Generator],
+        optimizer: torch.optim.Optimizer | None,
+    ):
+        self._model, self._optimizer = model, optimizer
+        self._blocks = [(block, choices[block.name], generators[block.name]) for block in blocks]
+        self._drawn = [generator.get_state() for _, _, generator in self._blocks]
+        self._kept = [self._remember(block, choice) for block, choice, _ in self._blocks]
+        self.total, self._done = len(blocks), 0
+
+    def turn_to(self, count: int) -> None:
+        """Have the first `count` blocks split, and no other."""
+        for number in range(self._done, count):
+            block, choice, generator = self._blocks[number]
+            generator.set_state(self._drawn[number])  # so that a block is split alike every time
+            split(self._model, block, choice, generator, self._optimizer)
+        for number in range(count, self._done):
+            for place, tensor, panel in self._kept[number]:
+                place.put_(tensor, panel)
+        self._done = count
+
+    def _remember(self, block: Block, choice: Choice) -> list[tuple[Place, Tensor, Tensor]]:
+        """All that a split writes to: where, in which tensor, and what is there now."""
+        found = []
+        for matrix in (*block.mixed, *block.followers):
+            for part in parts_in(self._model, matrix):
+                for tensor in (part.parameter, *_moments(part.parameter, self._optimizer)):
+                    found += [(place, tensor, place.take(tensor)) for place in _places(part, choice)]
+        return found
+
+
+def activity(block: Block, choice: Choice, activations: Tensor) -> float:
+    """N's part of the squared activations [ranked] of a block."""
+    by_component = activations.view(block.components, block.slots).sum(1)
+    whole = float(by_component.sum())
+    return float(by_component[choice.disadvantageous].sum()) / whole if whole else 0.0
+
+
+def most(count: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `count` that fits, found by halving; 0 does, and `count` is tried first."""
+    low, high, tried = 0, count + 1, count
+    while low + 1 < high:
+        low, high = (tried, high) if fits(tried) else (low, tried)
+        tried = (low + high) // 2
+    return low
+
+
 class Splitter:
-    """Splits at the start of a stage, kind by kind, and takes it back where the loss rises by more than `tolerance`."""
+    """Splits at the start of a stage, kind by kind: as many blocks as raise the loss by no more than `tolerance`."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, tolerance: float):
         self._model = model
@@ -84,40 +138,43 @@ class Splitter:
     def split(
         self,
         choices: Mapping[str, Choice],
+        activations: Mapping[Kind, Mapping[int, Tensor]],
         generators: Mapping[str, torch.Generator],
         optimizer: torch.optim.Optimizer | None,
         stage: int,
     ) -> None:
-        """Split all blocks of a kind, then those of the other, each by its choice and generator."""
+        """Split blocks of a kind, then of the other, each by its choice and generator.
+
+        activations: of all units, [ranked] by kind and layer. A split lets go what N contributed, so the blocks whose N
+        is least active come first.
+        """
         before = self._loss()
         for kind in self._anatomy.kinds:
-            blocks = list(self._anatomy.of_kind(kind))
-            kept = [self._remember(block, choices[block.name], optimizer) for block in blocks]
-            for block in blocks:
-                split(self._model, block, choices[block.name], generators[block.name], optimizer)
-            after = self._loss()
-            accepted = after - before <= self._tolerance
-            self.notes.append(
-                f"stage {stage + 1}: splitting {kind} changed the loss by {after - before:+.4f} nats"
-                + ("" if accepted else f", more than split_tolerance ({self._tolerance}), and was taken back")
+            blocks = sorted(
+                self._anatomy.of_kind(kind),
+                key=lambda block: activity(block, choices[block.name], activations[block.kind][block.layer]),
             )
-            if accepted:
-                before = after
-            else:
-                for restore in kept:
-                    for place, tensor, panel in restore:
-                        place.put_(tensor, panel)
+            splits = _Splits(self._model, blocks, choices, generators, optimizer)
+            rise, note = self._split_most(splits, before)
+            before += rise
+            self.notes.append(f"stage {stage + 1}: splitting {kind} {note}")
 
-    def _remember(
-        self, block: Block, choice: Choice, optimizer: torch.optim.Optimizer | None
-    ) -> list[tuple[Place, Tensor, Tensor]]:
-        """All that a split writes to: where, in which tensor, and what is there now."""
-        found = []
-        for matrix in (*block.mixed, *block.followers):
-            for part in parts_in(self._model, matrix):
-                for tensor in (part.parameter, *_moments(part.parameter, optimizer)):
-                    found += [(place, tensor, place.take(tensor)) for place in _places(part, choice)]
-        return found
+    def _split_most(self, splits: _Splits, before: float) -> tuple[float, str]:
+        """Split as many blocks as the tolerance allows: by how much the loss rose, and what to say of it."""
+        rises = {0: 0.0}
+
+        def fits(count: int) -> bool:
+            splits.turn_to(count)
+            rises[count] = self._loss() - before
+            return rises[count] <= self._tolerance
+
+        done = most(splits.total, fits)
+        splits.turn_to(done)
+        note = f"changed the loss by {rises[splits.total]:+.4f} nats"
+        if done < splits.total:
+            note += f", more than split_tolerance ({self._tolerance}), and was taken back in {splits.total - done} of "
+            note += f"{splits.total} layers" + (f"; in the others by {rises[done]:+.4f}" if done else "")
+        return rises[done], note
 
     def _loss(self) -> float:
         """On the first batches, over all of their tokens where none is supervised."""

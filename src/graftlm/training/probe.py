@@ -98,7 +98,7 @@ class _Run:
         probe.fused_loss = fuse_loss(config, self.model) is not None
         if config.method == "apex":
             settings = dataclasses.replace(
-                config.apex, assessment="random", stages=1, stage_by="steps", stage_length=None,
+                config.apex, assessment="random", start="zero", stages=1, stage_by="steps", stage_length=None,
                 stage_learning_rates=None,
                 budget=None if config.apex.trains == "full" else self._share(trained),
             )  # fmt: skip
