@@ -333,3 +333,26 @@ def test_close_leaves_no_hook():
     before = counts(recorder)
     train_pass(model, batches(1)[0])
     same(counts(recorder), before)
+
+
+def test_the_penalty_is_of_every_pass_and_votes_of_those_that_are_due():
+    model = tiny_model()
+    recorder = recorder_of(model)
+    recorder.differentiable = True
+    recorder.due = lambda: recorder.passes % 3 == 1
+    found = []
+    for batch in batches(6):
+        model.train()(**batch)
+        found.append((float(recorder.penalty.detach()), *recorder.samples.values()))
+    assert all(penalty > 0 for penalty, *_ in found)
+    assert [counts[0] for _, *counts in found] == [2, 2, 2, 4, 4, 4]  # 2 rows a batch
+
+
+def test_a_pass_that_fails_is_as_if_it_had_not_been():
+    model = tiny_model().train()
+    recorder = recorder_of(model)
+    with pytest.raises(IndexError):
+        model(input_ids=torch.tensor([[10_000]]))
+    assert recorder.notes == [] and set(recorder.samples.values()) == {0}
+    model(**batches(1)[0])
+    assert set(recorder.samples.values()) == {2}

@@ -260,3 +260,24 @@ def test_a_pruned_layer_is_read_from_its_weights_not_from_the_config():
     assert (heads.components, heads.ranked, channels.components) == (2, 4, 12)
     whole_heads, whole_channels = blocks_of(anatomy, layer=0)
     assert (whole_heads.components, whole_heads.ranked, whole_channels.components) == (4, 8, 24)
+
+
+@pytest.mark.parametrize("family", ["diffllama", "qwen3_next"])
+def test_heads_of_another_making_are_left_alone(family):
+    """DiffLlama's heads take values of two groups; Qwen3-Next's query projection holds a gate as well."""
+    more = {"qwen3_next": {"layer_types": ["full_attention"] * 2, "num_experts": 0, "mlp_only_layers": [0, 1]}}
+    model = tiny_model(family, **WIDE, **more.get(family, {}))
+    anatomy = read_anatomy(model)
+    assert anatomy.kinds == ("channels",)
+    assert any(note.startswith("heads: queries, keys and values of a family of its own") for note in anatomy.notes)
+
+
+def test_layers_with_too_little_to_choose_from_are_left_out():
+    model = tiny_model()
+    down = next(m for m in model.modules() if getattr(m, "down_proj", None) is not None)
+    down.gate_proj, down.up_proj, down.down_proj = nn.Linear(32, 1), nn.Linear(32, 1), nn.Linear(1, 32)
+    assert len(list(read_anatomy(model, smallest=1).of_kind("channels"))) == 2
+    left = read_anatomy(model)
+    assert [block.layer for block in left.of_kind("channels")] == [1]
+    assert "channels: one channel in some layers, so there is no P and N to choose" in left.notes
+    Apex(model, ApexConfig(k_heads=0.5), total_steps=3)

@@ -99,7 +99,7 @@ def test_stages_by_epochs(length, expected):
     "options, totals, message",
     [
         ({"stages": 3}, {}, "total_steps"),
-        ({"stages": 3, "stage_by": "epochs"}, {"total_steps": 10}, "total_epochs"),
+        ({"stages": 3, "stage_by": "epochs"}, {"total_steps": 10}, "num_train_epochs"),
         ({"stages": 3}, {"total_steps": 2}, "3 stages do not fit in 2 steps"),
     ],
 )
@@ -314,3 +314,25 @@ def test_two_at_once_are_refused_and_the_first_goes_on(regime):
         Apex(model, ApexConfig(stages=1, **regime))
     assert traces(model) == before
     train(apex, optimizer, batches(1))
+
+
+@pytest.mark.parametrize("seed", [20261122, 2**32 - 1])
+def test_a_large_seed(seed):
+    apex, optimizer = begun(tiny_model(), stages=2, total_steps=4, seed=seed)
+    train(apex, optimizer, REPEATED[:4])
+    assert apex.clock.stage == 1
+
+
+def test_effective_k_is_of_all_layers():
+    """Layers of a pruned model have each their own number of groups."""
+    model = tiny_model(**{"num_attention_heads": 8, "num_key_value_heads": 8})
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        layer = getattr(attention, name)
+        layer.weight = torch.nn.Parameter(layer.weight[:16].detach())
+        layer.out_features = 16
+    attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight[:, :16].detach())
+    attention.o_proj.in_features = 16
+    apex = Apex(model, ApexConfig(stages=1, k_heads=0.125), total_steps=1)
+    assert apex.effective_k["heads"] == (1 + 1) / (2 + 8)
+    assert "heads: K = 12.50% becomes 12.50% to 50.00% (by layer) when rounded on key-value groups" in apex.notes

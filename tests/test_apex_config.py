@@ -37,6 +37,9 @@ def test_an_unknown_preset_is_refused():
     "options",
     [
         {"k_heads": 0.0},
+        {"operator_scale": float("inf")},
+        {"activation_regularization": float("nan")},
+        {"stage_by": "tokens", "stage_length": float("nan")},
         {"k_channels": 0.51},
         {"stages": 0},
         {"assess_samples": 0},

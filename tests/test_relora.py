@@ -198,6 +198,8 @@ def test_what_is_refused():
         ReLora(tiny_model(), warm).prepare()
     with pytest.raises(UserError, match=r"^relora.prune: 0.99 of a state in 8 bits"):
         ReLora(tiny_model(), dataclasses.replace(given, optim="adamw_8bit")).prepare()
+    with pytest.raises(UserError, match=r"^relora.prune: 0.99 of a factored state"):
+        ReLora(tiny_model(), dataclasses.replace(given, optim="adafactor")).prepare()
     for bad in ({"interval": 0}, {"warmup": -1}, {"warm_start": -1}, {"prune": 1.5}):
         with pytest.raises(UserError, match=f"^relora.{next(iter(bad))}: "):
             ReloraSettings(**bad)

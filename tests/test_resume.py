@@ -28,6 +28,7 @@ KINDS = {
     "full": {"apex": {"operator_learning_rate": "auto", "rewarmup_ratio": 0.1}},
     "small": {"apex": {"trains": "small", "budget": 0.3, "activation_regularization": 0.01}},
     "half": {"apex": {"trains": "half", "budget": 0.7, "stage_by": "epochs", "stage_length": 0.6}},
+    "split": {"apex": {"start": "split", "split_tolerance": 10.0}},
     "control": {"method": "full", "stage_starts": (0, 4, 8), "apex": {"stage_learning_rates": (1e-3, 5e-4, 1e-4)}},
 }
 

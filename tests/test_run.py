@@ -84,7 +84,7 @@ def test_what_is_in_the_folder(finished, folder):
     assert any(name.startswith("plots/") and name.endswith(".png") for name in found)
     checkpoints = {Path(name).parts[1] for name in found if name.startswith("checkpoints/")}
     assert checkpoints == {"step-8", "step-12"}  # the last two of 4 (a boundary), 6, 8 (a boundary) and 12
-    allowed = (*both, "report.html", "plots/", "checkpoints/", "control/", "model/")
+    allowed = (*both, ".lock", "report.html", "plots/", "checkpoints/", "control/", "model/")
     assert [name for name in found if not name.startswith(tuple(allowed))] == []
     assert load_config(folder / "config.yaml") == finished[0]
 
@@ -369,6 +369,19 @@ def test_rates_of_stages_are_of_stages(tmp_path):
     rates = {"stages": 2, "stage_learning_rates": (1e-5, 1e-6)}
     _, folder = run_briefly(tmp_path, method="full", apex=rates, learning_rate=1e-3, lr_scheduler_type="constant")
     assert {line["learning_rate"] for line in read_metrics(folder) if line["event"] == "train"} == {1e-3}
+
+
+def test_a_split_is_neither_what_fusion_did_nor_where_training_began(tmp_path):
+    config = tiny_config(tmp_path, apex={"start": "split", "split_tolerance": 10.0, "trains": "full"}, control=True)
+    summary = read(train(config))
+    assert summary["eval_loss_start"] == summary["control"]["eval_loss_start"]
+    for stage in summary["stages"]:
+        assert stage["eval_loss_before_fusion"] == stage["eval_loss_after_fusion"]
+    evaluated = [line for line in read_metrics(tmp_path / "run") if line["event"] == "eval"]
+    split = [line for line in evaluated if line["when"] == "stage_start"]
+    assert [line["loss"] for line in split] == [stage["eval_loss_start"] for stage in summary["stages"]]
+    assert split[0]["loss"] != summary["eval_loss_start"]
+    assert len([note for note in summary["notes"] if "splitting" in note]) == 2 * len(summary["stages"])
 
 
 def test_what_does_not_fit_beside_the_model_is_a_note(tmp_path, monkeypatch):

@@ -88,6 +88,15 @@ def test_more_than_there_are_says_so(changes, words):
         make_method(tiny_model(), run_config("s2ft", s2ft=S2ftSettings(**changes)))
 
 
+@pytest.mark.parametrize("choose_by", ["random", "activation"])
+def test_heads_train_where_all_share_one_key_value_head(choose_by):
+    model = tiny_model(num_key_value_heads=1)
+    method, _ = begun(model, "s2ft", s2ft=S2ftSettings(heads=2, channels=3, choose_by=choose_by))
+    assert method.counts == {"heads": 2, "channels": 3}
+    assert method.trainable == 2 * (2 * 8 + 3) * 32  # two layers, heads of 8, hidden size 32
+    assert not any("no P and N" in note for note in method.notes)
+
+
 @pytest.mark.parametrize("choose_by", ["weight", "activation", "gradient"])
 @pytest.mark.parametrize("highest", [True, False])
 def test_chosen_by_a_measure(choose_by, highest):

@@ -203,6 +203,7 @@ def test_it_goes_on_from_a_checkpoint():
         train(one, its, REPEATED[2:6])
         one.finish()
     same(whole.state_dict(), again.state_dict())
+    assert apex.splitter.notes == resumed.splitter.notes and len(apex.splitter.notes) == 4
 
 
 def test_mean_loss_leaves_padding_out():
@@ -213,6 +214,17 @@ def test_mean_loss_leaves_padding_out():
     expected = float(model(input_ids=ids, labels=ids).loss.detach())
     batch = with_labels({"input_ids": padded, "attention_mask": mask})
     assert mean_loss(model, [batch]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_heads_under_one_norm_are_not_split():
+    """A norm over all heads would change with each of them."""
+    model = tiny_model("olmo2")
+    before = copied(model.state_dict())
+    apex, _ = begun(model, start="split", split_tolerance=10.0, stages=1)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if "self_attn" in name)
+    assert any(not torch.equal(after[name], before[name]) for name in before if "mlp" in name)
+    assert [n for n in apex.notes if "no split of heads" in n]
 
 
 @pytest.mark.parametrize("wrong", [{"trains": "half"}, {"assessment": "random"}])

@@ -59,7 +59,7 @@ class ActivationRecorder:
         self._tokens = 0
         self._tokens_on_device: Tensor | None = None
         self._forced = False
-        self._active = False
+        self._active = self._counts = False
         self._samples = Samples(1, 1, 1)
         self._seen: dict[str, Tensor] = {}
         self._in_graph: frozenset[str] = frozenset()
@@ -155,7 +155,7 @@ class ActivationRecorder:
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._seen, self._in_graph, self.penalty = {}, frozenset(), None
         training = self.model.training and torch.is_grad_enabled()
-        self._active = self._forced or training
+        self._active = self._counts = self._forced or training
         if not self._active:
             return
         kwargs = {**dict(zip(MODEL_INPUTS, args, strict=False)), **kwargs}
@@ -167,7 +167,8 @@ class ActivationRecorder:
         if not self._forced:
             self.passes += 1
             self._count_tokens(self._samples.tokens)
-            self._active = self.due()
+            self._counts = self.due()
+            self._active = self._counts or self.differentiable  # the penalty is of every pass
         if self.per == "microbatch":
             self._samples = Samples(1, *shape)
 
@@ -179,15 +180,19 @@ class ActivationRecorder:
             self._tokens_on_device = tokens if before is None else before + tokens
 
     @torch.compiler.disable
-    def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    def _end(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         if not self._active:
             return
         self._active = False
+        if output is None:  # the pass raised an error: what it did not reach tells nothing
+            self._seen = {}
+            return
         for block in self.anatomy.blocks:
             if block.name not in self._seen:
                 self._miss(block)
-        for key in self._stacks:
-            self._count(key)
+        if self._counts:
+            for key in self._stacks:
+                self._count(key)
         if self.differentiable and self._seen:
             valid = self._samples.valid
             seen = [a if valid is None else a[valid] for a in self._seen.values()]
@@ -216,13 +221,16 @@ class ActivationRecorder:
         if block.gate is None or block.name in self._gate_fallback:
             return
         if not self._gate_fallback:
-            note = (
-                "the FFN's activation runs inside a fused kernel: channels are assessed by applying it once more to "
-                "the gate's output (same statistic, a little slower); the first batch was not counted for them"
-            )
-            self.notes.append(note)
-            warnings.warn(note, stacklevel=2)
+            warnings.warn(self._note_fallback(), stacklevel=2)
         self._watch_gate(block)
+
+    def _note_fallback(self) -> str:
+        note = (
+            "the FFN's activation runs inside a fused kernel: channels are assessed by applying it once more to "
+            "the gate's output (same statistic, a little slower); the first batch was not counted for them"
+        )
+        self.notes.append(note)
+        return note
 
     @torch.no_grad()
     def run(self, batches: Iterable[Mapping[str, Tensor]]) -> int:
@@ -317,6 +325,8 @@ class ActivationRecorder:
         self._tokens, self._tokens_on_device = int(state["tokens"]), None
         for block in self.anatomy.blocks:
             if state[f"{block.name}.fallback"] and block.name not in self._gate_fallback:
+                if not self._gate_fallback:
+                    self._note_fallback()
                 self._watch_gate(block)
         for key, names in self._stacks.items():
             self._table[key] = tuple(

@@ -60,6 +60,9 @@ FAMILIES: dict[str, tuple[AttentionNames, FeedForwardNames]] = {
     "phi3": (FUSED_ATTENTION, FUSED_FEED_FORWARD),
 }
 
+HEADS_OF_THEIR_OWN = ("diffllama",)
+"""Families of the shapes that FAMILIES have, but whose heads take values from more than one key-value group."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -234,6 +237,8 @@ def _attention_block(model: nn.Module, layer: int, prefix: str, names: Attention
         groups, key_offset, value_offset = values.out_features // head_dim, 0, 0
     if groups < smallest:
         return "heads: one key-value head, so there is no P and N to choose (only the FFN is expanded)"
+    if not _heads_fit(model, prefix, names, query_heads, groups, head_dim):
+        return "heads: queries, keys and values of a family of its own, so which belong together is not known"
     slots = query_heads // groups
     norms = []
     for role, path, count in (("q_norm", names.query_norm, slots), ("k_norm", names.key_norm, 1)):
@@ -257,6 +262,23 @@ def _attention_block(model: nn.Module, layer: int, prefix: str, names: Attention
         probe=f"{prefix}.{names.output}",
         norms=tuple(norms),
     )
+
+
+def _heads_fit(
+    model: nn.Module, prefix: str, names: AttentionNames, query_heads: int, groups: int, head_dim: int
+) -> bool:
+    """Whether the projections are of so many heads and groups: a family that is recognised by its layers' names may
+    have a gate beside its queries, say, or mix heads of two groups."""
+    outputs = {
+        path: linear(model, f"{prefix}.{path}").out_features for path in (names.queries, names.keys, names.values)
+    }
+    if names.values == names.queries:
+        expected = {names.queries: (query_heads + 2 * groups) * head_dim}
+    else:
+        expected = {names.queries: query_heads * head_dim} | dict.fromkeys(
+            (names.keys, names.values), groups * head_dim
+        )
+    return outputs == expected and query_heads % groups == 0 and model_family(model) not in HEADS_OF_THEIR_OWN
 
 
 def _feed_forward_block(model: nn.Module, layer: int, prefix: str, names: FeedForwardNames, known: bool) -> Block:
@@ -307,7 +329,7 @@ def _layout(
 def read_anatomy(model: nn.Module, *, smallest: int = 2) -> Anatomy:
     """Find every block of `model` that can be expanded.
 
-    `smallest`: key-value groups that a layer's heads need to count: 2 to choose P and N among them, 1 to prune.
+    `smallest`: key-value groups, and channels, that a layer needs to count: 2 to choose P and N among them, 1 to prune.
     Raises UserError when nothing can; `notes` says what cannot, once for each reason. Only a pruned model that has
     lost every component has no blocks, where one group would do.
     """
@@ -324,13 +346,17 @@ def read_anatomy(model: nn.Module, *, smallest: int = 2) -> Anatomy:
                 blocks.append(block)
             else:
                 notes.append(block)
+        elif is_per_layer(_text_config(model)):
+            notes.append("heads: pruned away in some layers")
         else:
             notes.append("heads: no value and output projections of a known name")
         if feed_forward is not None and _has(layer, feed_forward.gate) and _has(layer, feed_forward.down):
             known = model_family(model) in FAMILIES
             channels = _feed_forward_block(model, i, prefix, feed_forward, known)
-            if channels.components:
+            if channels.components >= smallest:
                 blocks.append(channels)
+            elif channels.components:
+                notes.append("channels: one channel in some layers, so there is no P and N to choose")
         else:
             notes.append(_why_no_feed_forward(layer))
     notes = list(dict.fromkeys(notes))

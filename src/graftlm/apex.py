@@ -1,6 +1,6 @@
 """The stage machine: binds a model and an optimizer, for any PyTorch loop (section 3.3, algorithm 1)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -110,6 +110,8 @@ class Apex:
         self._pulled_at = -1  # training passes so far when gradients were last pulled back
         self._handles: list[Any] = []
         self.rates = OperatorRates(self.ties, apart=config.operator_learning_rate == "auto")
+        self.before_split: Callable[[], None] = lambda: None
+        """Called before a stage's split, if any, changes the model."""
         self.splitter = Splitter(model, self.anatomy, config.split_tolerance) if config.start == "split" else None
         self._batches: list[list[Mixed]] = []
         """Matrices of one shape, whose products are done at once."""
@@ -149,18 +151,25 @@ class Apex:
 
     @property
     def effective_k(self) -> dict[str, float]:
-        """Share of components in P (and in N) after rounding, by kind."""
-        return {b.kind: self.sizes[b.name] / b.components for b in self.anatomy.blocks}
+        """Share of components in P (and in N) after rounding, by kind, over all layers."""
+        found = {}
+        for kind in self.anatomy.kinds:
+            blocks = list(self.anatomy.of_kind(kind))
+            found[kind] = sum(self.sizes[b.name] for b in blocks) / sum(b.components for b in blocks)
+        return found
 
     @property
     def notes(self) -> list[str]:
         """What a user should know about this model and these settings."""
         notes = [*self.anatomy.notes, *self.recorder.notes, *(self.splitter.notes if self.splitter else [])]
-        for kind, share in self.effective_k.items():
-            asked = self.config.k_heads if kind == "heads" else self.config.k_channels
-            if abs(share - asked) > 0.005:
+        for kind in self.anatomy.kinds:
+            blocks = list(self.anatomy.of_kind(kind))
+            asked, shares = self._share(blocks[0]), [self.sizes[b.name] / b.components for b in blocks]
+            if max(abs(share - asked) for share in shares) > 0.005:
                 unit = "key-value groups" if kind == "heads" else "channels"
-                notes.append(f"{kind}: K = {asked:.2%} becomes {share:.2%} when rounded on {unit}")
+                low, high = f"{min(shares):.2%}", f"{max(shares):.2%}"
+                became = low if low == high else f"{low} to {high} (by layer)"
+                notes.append(f"{kind}: K = {asked:.2%} becomes {became} when rounded on {unit}")
         if self.slices is not None:
             aim = self.config.trainable_budget
             notes.append(f"trainable: {self.budget.fraction:.3%} of all parameters (budget {aim:.3%})")
@@ -205,14 +214,15 @@ class Apex:
     def _generator(self, block: int) -> torch.Generator:
         """One stream of random numbers per seed, stage and block: what a run draws does not depend on its history."""
         seed = ((self.config.seed or 0) * 1_000_003 + self.clock.stage) * 1_000_003 + block
-        return torch.Generator().manual_seed(seed)
+        return torch.Generator().manual_seed(seed % (1 << 63))
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
     def start(self, optimizer: torch.optim.Optimizer, assess_on: Iterable[Mapping[str, Tensor]] | None = None) -> None:
         """Bind the optimizer (made over model.parameters()) and begin the first stage, or go on with a loaded one.
 
-        Operators move to parameter groups of their own: no weight decay, learning rate times operator_learning_rate.
+        Operators move to parameter groups of their own: no weight decay, learning rate times operator_learning_rate;
+        so a learning-rate schedule is made after this.
         """
         if assess_on is not None:
             self.assess(assess_on)
@@ -247,6 +257,7 @@ class Apex:
             self.slices.choose(self.choices, self.sizes)
         generators = {b.name: self._generator(i) for i, b in enumerate(self.anatomy.blocks)}
         if self.splitter is not None:
+            self.before_split()
             activations = self.recorder.mean_activations()
             self.splitter.split(self.choices, activations, generators, self.optimizer, self.clock.stage)
         for expansion in self.expansions:

@@ -1,5 +1,6 @@
 """What a user may set of APEX, and the named presets."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -71,7 +72,8 @@ class ApexConfig:
     budget: float | None = None
     """Trainable share of all parameters for half (None: 0.52) and small (None: 0.024), operators included."""
     activation_regularization: float = 0.0
-    """Weight of a penalty on sigma / mean of each module's activations (table 7, where it fails)."""
+    """Weight of a penalty on sigma / mean of each module's activations (table 7, where it fails). It is part of
+    the training loss that is logged, and of no held-out loss."""
     seed: int | None = None
     """Seed of the operators' D and of random scores; None: the run's seed (0 outside a run)."""
 
@@ -82,6 +84,10 @@ class ApexConfig:
                 raise UserError(
                     f"apex.{name}: {value} must be above 0 and at most 0.5, or P and N overlap; choose e.g. 0.125"
                 )
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"apex.{one.name}: {value} must be a finite number")
         if self.stages < 1:
             raise UserError(f"apex.stages: {self.stages} must be at least 1")
         if self.assess_samples < 1:

@@ -150,6 +150,11 @@ class Splitter:
         """
         before = self._loss()
         for kind in self._anatomy.kinds:
+            if any(block.norms for block in self._anatomy.of_kind(kind)):
+                self.notes.append(
+                    f"stage {stage + 1}: no split of {kind}: a norm over all of them would change with one"
+                )
+                continue
             blocks = sorted(
                 self._anatomy.of_kind(kind),
                 key=lambda block: activity(block, choices[block.name], activations[block.kind][block.layer]),
@@ -181,11 +186,14 @@ class Splitter:
         return mean_loss(self._model, [with_labels(batch) for batch in self._batches])
 
     def state(self) -> dict[str, Tensor]:
-        return {f"{i}.{key}": value for i, batch in enumerate(self._batches) for key, value in batch.items()}
+        batches = {f"{i}.{key}": value for i, batch in enumerate(self._batches) for key, value in batch.items()}
+        return batches | {"notes": torch.tensor(list("\n".join(self.notes).encode()), dtype=torch.uint8)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        told = dict(state)
+        self.notes = bytes(told.pop("notes").tolist()).decode().splitlines()
         batches: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.items():
+        for name, value in told.items():
             number, _, key = name.partition(".")
             batches.setdefault(int(number), {})[key] = value
         self._batches = [batches[i] for i in sorted(batches)]

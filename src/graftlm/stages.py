@@ -21,10 +21,13 @@ class StageClock:
         if self.length is None and config.stages > 1:
             total = total_steps if config.stage_by == "steps" else total_epochs
             if total is None:
-                unit = "total_steps" if config.stage_by == "steps" else "total_epochs"
-                raise UserError(
-                    f"apex.stage_length: give it, or {unit}, so that {config.stages} stages can be laid out"
-                )
+                if config.stage_by == "steps":
+                    mend = "give it, or total_steps"
+                else:
+                    mend = (
+                        "give it in epochs, or the run's length in epochs (in a config: num_train_epochs, no max_steps)"
+                    )
+                raise UserError(f"apex.stage_length: {mend}, so that {config.stages} stages can be laid out")
             self.length = total / config.stages
         self._check(total_steps)
 

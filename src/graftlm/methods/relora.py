@@ -38,9 +38,10 @@ class ReLora(Adapters):
                 "relora.warm_start: ddp cannot change what trains in the middle of a run; train plainly first (method: "
                 "full), and give the model of that run"
             )
-        if 0 < relora.prune < 1 and "8bit" in config.optim:
+        if 0 < relora.prune < 1 and ("8bit" in config.optim or config.optim == "adafactor"):
+            kind = "a factored state" if config.optim == "adafactor" else "a state in 8 bits"
             raise UserError(
-                f"relora.prune: {relora.prune:g} of a state in 8 bits cannot be set to zero; set it to 1 or 0, or use "
+                f"relora.prune: {relora.prune:g} of {kind} cannot be set to zero; set it to 1 or 0, or use "
                 "optim: adamw_torch"
             )
         super().prepare()

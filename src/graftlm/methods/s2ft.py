@@ -64,6 +64,8 @@ def plan_counts(model: PreTrainedModel, blocks: Sequence[Block], settings: S2ftS
     channels = [block for block in blocks if block.kind == "channels"]
     for kind, some, asked in (("heads", heads, settings.heads), ("channels", channels, settings.channels)):
         most = max((block.components for block in some), default=0)
+        if asked and not some:
+            raise UserError(f"s2ft.{kind}: this model has no {kind} that are known; leave it out")
         if some and asked is not None and asked > most:
             unit = "key-value groups" if kind == "heads" and settings.trains == "coupled" else kind
             raise UserError(f"s2ft.{kind}: {asked} is more than the {most} {unit} of a layer; lower it")
@@ -90,7 +92,7 @@ class S2ft(Method):
     def __init__(self, model: PreTrainedModel, config: RunConfig):
         super().__init__(model, config)
         self.settings: S2ftSettings = config.s2ft
-        self.anatomy = read_anatomy(model)
+        self.anatomy = read_anatomy(model, smallest=1)  # nothing is chosen against anything
         self.blocks = trained_blocks(self.anatomy.blocks, self.settings.trains)
         self.counts = plan_counts(model, self.blocks, self.settings)
         self.total = sum(p.numel() for p in model.parameters())

@@ -56,6 +56,17 @@ class Meter:
         finally:
             self.stop()
 
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Do not count what happens inside, where time is counted."""
+        counting = self._clock is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if counting:
+                self.start()
+
     def add(self, tokens: int | Tensor, loss: Tensor) -> None:
         """One batch of the step that goes on, in this process; `loss` is a scalar, its part of the step's."""
         self._step_tokens = self._step_tokens + tokens

@@ -87,6 +87,8 @@ class RunTrainer(ApexTrainer):
         self.meter = Meter()
         self.eval_loss_start: float | None = None
         self.stages: list[dict[str, Any]] = []
+        self._unsplit: float | None = None
+        """Held-out loss before the last split, of a run whose stages begin with one."""
         self.remove_callback(PrinterCallback)  # Display says it better
         # Before the mixin's own: a step's time is taken before a stage ends, and saving is asked for after.
         self.callback_handler.callbacks.insert(0, Recording(self))
@@ -108,11 +110,12 @@ class RunTrainer(ApexTrainer):
         with self.compute_loss_context_manager():
             return mean_loss(self.model, batches, counting=len(mine))
 
-    def evaluate_now(self, when: str) -> float | None:
-        """Held-out loss now, written to metrics.jsonl; None without evaluation data."""
+    def evaluate_now(self, when: str, loss: float | None = None) -> float | None:
+        """Held-out loss now (or as it was found before), written to metrics.jsonl; None without evaluation data."""
         if self.evaluation is None or len(self.evaluation) == 0:
             return None
-        loss = self.loss_on(self.evaluation)
+        if loss is None:
+            loss = self.loss_on(self.evaluation)
         self._write(event="eval", when=when, loss=loss, stage=self.apex.clock.stage if self.apex is not None else 0)
         training_log_due = self.control.should_log
         self.log({"eval_loss": loss})
@@ -157,11 +160,22 @@ class RunTrainer(ApexTrainer):
     def begin_run(self) -> None:
         assert self.metrics is not None
         self.metrics.rewind(0)
-        self.eval_loss_start = self.evaluate_now("start")
+        self.eval_loss_start = self.evaluate_now("start", self._unsplit)
         if self.loading is not None:
             self.loading.begin()
         if self.apex is not None:
-            self._tell_stage(self.eval_loss_start)
+            self._begin_stage(self.eval_loss_start)
+
+    def before_split(self) -> None:
+        """Evaluate: what a split changes is not what training or fusion did."""
+        if self.evaluation is not None and len(self.evaluation):
+            with self.meter.untimed():
+                self._unsplit = self.loss_on(self.evaluation)
+
+    def _begin_stage(self, loss: float | None) -> None:
+        """loss: held-out, before a split."""
+        split = self.apex is not None and self.apex.splitter is not None
+        self._tell_stage(self.evaluate_now("stage_start") if split else loss)
 
     def _tell_stage(self, loss: float | None) -> None:
         assert self.apex is not None
@@ -187,9 +201,9 @@ class RunTrainer(ApexTrainer):
         self.end_stage("before_fusion")
         with self.meter.timed():
             super().next_stage()
-        loss = self.evaluate_now("after_fusion")
+        loss = self.evaluate_now("after_fusion", self._unsplit)
         self.stages[-1]["eval_loss_after_fusion"] = loss
-        self._tell_stage(loss)
+        self._begin_stage(loss)
         self.display.say(f"stage {self.apex.clock.stage + 1} of {self.apex.config.stages} begins")
         self.control.should_save = True
 

@@ -105,6 +105,7 @@ class ApexMixin:
                 total_steps=total,
                 total_epochs=trainer.args.num_train_epochs if trainer.args.max_steps <= 0 else None,
             )
+            self.apex.before_split = self.before_split
             if self.phase is not None:
                 self.apex.clock.begin_at(self.phase[0], self.phase[1] - self.phase[0])
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
@@ -184,6 +185,9 @@ class ApexMixin:
         self.apex.next_stage()
         if follows_stages(self.apex.config):
             refresh(trainer.lr_scheduler, trainer.optimizer)
+
+    def before_split(self) -> None:
+        """Called before a stage's split changes the model (apex.start: split)."""
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
