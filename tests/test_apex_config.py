@@ -37,6 +37,8 @@ def test_an_unknown_preset_is_refused():
     "options",
     [
         {"k_heads": 0.0},
+        {"modules": ()},
+        {"modules": ("v", "v")},
         {"operator_scale": float("inf")},
         {"activation_regularization": float("nan")},
         {"stage_by": "tokens", "stage_length": float("nan")},

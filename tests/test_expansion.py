@@ -109,6 +109,15 @@ def test_fast_equals_oracle_float64(family, regime, shared):
 
 
 @pytest.mark.parametrize("regime", ["full", "half", "small"])
+@pytest.mark.parametrize("modules", [("o", "down"), ("up", "gate", "down"), ("gate", "v")])
+def test_some_of_the_matrices_equal_the_oracle(modules, regime):
+    budget = {"full": None, "half": 0.7, "small": 0.2}[regime]
+    check("qwen2", torch.float64, trains=regime, budget=budget, modules=modules, wide=True)
+    apex = Apex(tiny_model(), ApexConfig(stages=1, k_heads=0.5, modules=modules), total_steps=1)
+    assert {matrix.role for tie in apex.ties for matrix in tie.matrices} == set(modules)
+
+
+@pytest.mark.parametrize("regime", ["full", "half", "small"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fast_equals_oracle_float32(family, regime):
     budget = {"full": None, "half": 0.7, "small": 0.2}[regime]

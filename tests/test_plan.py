@@ -95,6 +95,7 @@ def test_estimating_leaves_the_model_and_the_random_state_alone():
         {"activation_regularization": 0.1},
         {"operator_learning_rate": "auto"},
         {"expand": False},
+        {"modules": ("o", "down")},
         {"stages": 2, "stage_learning_rates": [1e-3, 1e-4]},
         {"stage_by": "tokens", "stage_length": 100},
     ],

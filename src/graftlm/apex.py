@@ -125,7 +125,8 @@ class Apex:
         config = self.config
         if not config.expand:
             return []
-        groups = [block.mixed] if config.share_operators else [(matrix,) for matrix in block.mixed]
+        mixed = tuple(matrix for matrix in block.mixed if matrix.role in config.modules)
+        groups = [(matrix,) for matrix in mixed] if not config.share_operators else [mixed] if mixed else []
         size = self.sizes[block.name]
         return [Tie(self.model, block, group, size, config.operator, config.authors_diagonals) for group in groups]
 
@@ -152,7 +153,7 @@ class Apex:
     @property
     def effective_k(self) -> dict[str, float]:
         """Share of components in P (and in N) after rounding, by kind, over all layers."""
-        found = {}
+        found: dict[str, float] = {}
         for kind in self.anatomy.kinds:
             blocks = list(self.anatomy.of_kind(kind))
             found[kind] = sum(self.sizes[b.name] for b in blocks) / sum(b.components for b in blocks)

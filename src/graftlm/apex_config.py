@@ -34,6 +34,8 @@ class ApexConfig:
     product alone and saves a third less for the backward pass; where it cannot be, a note says so."""
     expand: bool = True
     """False trains the same components without operators (the ablation of table 3)."""
+    modules: tuple[Literal["v", "o", "up", "gate", "down"], ...] = ("v", "o", "up", "gate", "down")
+    """Matrices whose weak rows or columns are expanded into; the others train without operators. The paper: all."""
     operator: Literal["monarch", "dense", "diagonal"] = "monarch"
     """The form of M: Monarch (eq. 13 with dense R), dense (eq. 12), or eq. 13 read literally (every block diagonal)."""
     share_operators: bool = True
@@ -84,6 +86,10 @@ class ApexConfig:
                 raise UserError(
                     f"apex.{name}: {value} must be above 0 and at most 0.5, or P and N overlap; choose e.g. 0.125"
                 )
+        if not self.modules or len(set(self.modules)) < len(self.modules):
+            raise UserError(
+                f"apex.modules: {list(self.modules)} must name matrices, each once; expand: false trains without operators"
+            )
         for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(value, float) and not math.isfinite(value):
