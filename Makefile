@@ -20,7 +20,7 @@ help:
 	@echo "make demo      train a real model with APEX and plainly, about 10 minutes on 2 cores; results in runs/demo"
 	@echo "make test      the tests (make test-all: the slow ones too)"
 	@echo "make lint      ruff and mypy"
-	@echo "make bench     what APEX costs, on this machine's CPU: about 15 minutes, runs/bench/cpu.json; the last line is JSON"
+	@echo "make bench     what APEX costs, on this machine's CPU: about 20 minutes, runs/bench/cpu.json; the last line is JSON"
 	@echo "make docs      write docs/configuration.md again from the config classes"
 	@echo "make clean     remove .venv and caches (runs/ stays)"
 

@@ -155,6 +155,12 @@ def test_two_runs_of_one_model_have_labels_of_their_own(tmp_path, data):
     assert list(read_activations(out / "activations.safetensors")[0]) == ["tiny-llama (1)", "tiny-llama (2)"]
 
 
+def test_where_it_cannot_be_written_is_said_first(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match="out: is a file; give a folder as --out"):
+        assessment.assess("no/such/model", str(tmp_path / "nothing.txt"), tmp_path / "out")
+
+
 def test_bad_data_writes_nothing(tmp_path):
     with pytest.raises(UserError):
         assessment.assess("tiny-llama", str(tmp_path / "nothing.txt"), tmp_path / "out")

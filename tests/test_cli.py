@@ -1,6 +1,8 @@
 """The command line: what reaches the functions behind the verbs, and what a person sees when something goes wrong."""
 
 import errno
+import importlib.util
+import logging
 import re
 import shlex
 import subprocess
@@ -106,6 +108,7 @@ def test_assess(calls):
         cli.main(shlex.split("assess m --data f.txt --out d --compare m2 --samples 8 --max-length 64 --mask 0.1")) == 0
     )
     expected = {"compare": "m2", "samples": 8, "max_length": 64, "mask": 0.1, "prune_sensitivity": None}
+    expected |= {"trust_remote_code": False}
     assert only(calls) == ("assess", ("m", "f.txt", Path("d")), expected)
 
 
@@ -134,7 +137,8 @@ def test_eval(calls, capsys):
 @pytest.mark.parametrize(("words", "chat"), [([], None), (["--no-chat"], False)])
 def test_generate(calls, words, chat):
     assert cli.main(["generate", "m", "a = b", "--max-new-tokens", "5", "--temperature", "0.5", *words]) == 0
-    assert only(calls) == ("generate", ("m", "a = b"), {"max_new_tokens": 5, "temperature": 0.5, "chat": chat})
+    expected = {"max_new_tokens": 5, "temperature": 0.5, "trust_remote_code": False, "chat": chat}
+    assert only(calls) == ("generate", ("m", "a = b"), expected)
 
 
 def test_report_and_env(calls, capsys):
@@ -224,6 +228,36 @@ def test_a_started_run_says_how_to_go_on(failing, error):
     Path("my runs/config.yaml").write_text("")
     _, shown = failing(error, "output_dir=my runs")
     assert shown.endswith("go on with: graftlm train 'my runs/config.yaml' --resume\n")
+
+
+@pytest.mark.parametrize("words", [["pilot"], ["plan"], ["data"], ["train", "--dry-run"]])
+def test_only_a_run_is_gone_on_with(words, replace, config, capsys):
+    """A folder of that name may hold a run that this command has nothing to do with."""
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    Path("runs").mkdir()
+    Path("runs/config.yaml").write_text("")
+    replace("training.plan", plan=interrupted)
+    replace("training.data", show_data=interrupted)
+    replace("comparing.pilot", pilot=interrupted)
+    replace("models", load_tokenizer=lambda *args, **kwargs: None)
+    verb, *options = words
+    assert cli.main([verb, config, "output_dir=runs", *options]) == 130
+    assert capsys.readouterr().err == "graftlm: interrupted; run the same command again\n"
+
+
+def test_bitsandbytes_does_not_ask_for_kernels_that_nobody_needs(caplog):
+    """It says so at its import, with every start of a run; what else it says is heard."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    message = "Failed to load CPU gemm_4bit_forward from kernels-community: %s"
+    logger.warning(message, "no kernels")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
+    package = importlib.util.find_spec("bitsandbytes")
+    if package is not None:  # that it still says so there, in these words
+        assert message in Path(package.submodule_search_locations[0], "backends/cpu/ops.py").read_text()
 
 
 @pytest.mark.parametrize(("before", "after"), [(["--debug"], []), ([], ["--debug"])])

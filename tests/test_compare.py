@@ -19,6 +19,8 @@ from graftlm.comparing.report import headline, write_outputs
 from graftlm.comparing.results import Results
 from graftlm.comparing.summary import summarise
 from graftlm.comparing.tables import csv_text, latex_text, print_tables, tables
+from graftlm.comparing.tasks import Tasks
+from graftlm.content import file_sha256
 from graftlm.errors import UserError
 from graftlm.training.run import train_one
 
@@ -76,6 +78,18 @@ def test_a_control_waits_for_stages_that_only_the_run_tells(tmp_path):
         ("control", 1.0, (0, 5)),
         ("control", 2.0, (0, 10)),
     ]
+
+
+def test_a_plan_counts_runs_that_cannot_be_named_yet(tmp_path):
+    """As many as are in the end run."""
+    by_tokens = {"method": "apex", "apex.rewarmup_ratio": 0.1, "apex.stage_by": "tokens", "apex.stage_length": 900}
+    chosen = {"learning_rates": [1e-3, 2e-3], "selection_seeds": [0]}
+    for number, changes in enumerate([chosen, {"variants": {"apex": by_tokens}}, {}]):
+        _, cells = opened(write_comparison(tmp_path / str(number), **changes))
+        named, later = len(cells.open()), cells.later()
+        assert bool(later) == bool(changes)
+        assert finish(cells, loss_of, stage_starts=[0, 4]) == named + later
+        assert not cells.later()
 
 
 def test_planned_stage_starts_are_those_of_a_run(tmp_path):
@@ -157,6 +171,37 @@ def test_more_tasks_run_again(finished, tmp_path):
     assert "arc_easy (acc)" in latex_text(summary).replace("\\", "")
 
 
+def test_scores_of_other_questions_are_not_used(tmp_path):
+    """The files of the data folder count, as far as they are there; not what a list of tasks is called."""
+    questions = tmp_path / "D" / "arc_easy" / "test.jsonl"
+    questions.parent.mkdir(parents=True)
+    questions.write_text("one")
+    read = {"arc_easy": {"arc_easy/test.jsonl": file_sha256(questions)}}
+    scores = {"asked": ["arc_easy"], "limit": None, "results": {"arc_easy": {"acc": 0.5, "shots": 0}}, "data": read}
+    given = {"tasks": ["arc_easy"], "task_data_dir": str(tmp_path / "D"), "plain_multiples": [1]}
+    _, cells = opened(write_comparison(tmp_path, **given))
+    assert finish(cells, loss_of, tasks=scores) == 6
+    record = next(cells.results.records())["tasks"]
+    questions.write_text("two")
+    assert len(opened(write_comparison(tmp_path, **given))[1].open()) == 6
+    elsewhere = {**given, "task_data_dir": str(tmp_path / "none")}
+    for same in (elsewhere, {**given, "task_data_dir": None}, {**elsewhere, "tasks": ["arc_easy:0"]}):
+        assert not opened(write_comparison(tmp_path, **same))[1].open()
+    assert opened(write_comparison(tmp_path, **{**elsewhere, "tasks": ["arc_easy:5"]}))[1].open()
+    of_the_hub = {**record, "data": {"arc_easy": {"hub": "allenai/ai2_arc", "name": "ARC-Easy"}}}
+    asked = Tasks(("arc_easy",), data_dir=str(tmp_path / "D"))
+    assert not asked.answered(of_the_hub) and Tasks(("arc_easy",), data_dir=str(tmp_path)).answered(of_the_hub)
+    assert Tasks(("arc_easy",)).answered({key: value for key, value in of_the_hub.items() if key != "data"})
+    assert asked.answered({**record, "data": {"piqa": {"arc_easy/test.jsonl": "0"}}, "results": {"piqa": {}}})
+
+
+def test_lists_of_tasks_are_what_they_hold():
+    kept = {"asked": ["paper-it"], "limit": 9, "results": {}}
+    assert Tasks(("gsm8k_cot:8", "mmlu:5"), 9).answered(kept) and not Tasks(("gsm8k_cot:4",), 9).answered(kept)
+    assert not Tasks(("humaneval",), 9).answered(kept)  # of one program a problem, not of twenty
+    assert Tasks(("paper-it",), 9).answered(kept) and not Tasks(("paper-it",)).answered(kept)
+
+
 def test_what_a_run_scored_before_is_kept(tmp_path):
     """Two comparisons that share a run and differ in tasks do not undo each other."""
 
@@ -212,6 +257,55 @@ def test_two_seeds_have_no_interval(tmp_path):
     assert "too few for an interval" in headline(summary)
     (row,) = [row for row in tables(summary)[0].rows if row[0] == "apex"]
     assert row[-1] == "too few seeds" and "to" not in row[5] + row[6]
+
+
+def test_copies_of_one_run_have_no_interval(tmp_path):
+    """Plain training is the same at every seed (streamed data): three of it are no sample."""
+    comparison, cells = opened(write_comparison(tmp_path, base={"streaming": True}, tasks=["arc_easy"]))
+    assert any("the same order at every seed" in note for note in comparison.notes)
+
+    def tasks(cell):
+        scores = {"asked": ["arc_easy"], "limit": None, "results": {"arc_easy": {"acc": 0.1 * cell.seed}}, "data": {}}
+        return scores if cell.wants_tasks else {}
+
+    while todo := cells.open():
+        loss = loss_of(dataclasses.replace(todo[0], seed=0)) + 1e-5 * todo[0].seed * (todo[0].arm == "apex")
+        cells.results.put(todo[0].key, made_up(todo[0], loss, tasks=tasks(todo[0])))
+    summary = summarise(comparison, cells, {})
+    apex = by_name(summary, "apex")
+    assert apex["difference"]["n"] == 3 and apex["difference"]["mean"] < 0
+    gaps = (apex["difference"], apex["tasks"]["arc_easy"]["difference"])
+    assert all(gap["t_interval"] is gap["bootstrap_interval"] is None for gap in gaps)
+    assert apex["needed"]["interval"] is None
+    assert any("copies of one run" in note for note in summary["notes"]) and "copies of one run" in headline(summary)
+    (row,) = [row for row in tables(summary)[0].rows if row[0] == "apex"]
+    assert row[-1] == "no interval"
+
+
+def test_seeds_that_differ_have_one_and_no_note(finished):
+    comparison, _, summary = finished
+    assert not any("copies of one run" in note for note in summary["notes"]) and not comparison.notes
+
+
+def test_multiples_of_as_many_tokens_are_one(tmp_path):
+    """By epochs, parts of a short one may come to the same number of steps, which only the runs tell."""
+
+    def summary(folder, tokens):
+        base = {"max_steps": -1, "num_train_epochs": 1}
+        comparison, cells = opened(write_comparison(tmp_path / folder, base=base, plain_multiples=[0.5, 0.75, 1, 2]))
+        while todo := cells.open():
+            record = made_up(todo[0], loss_of(todo[0]), tokens=tokens(todo[0].multiple), steps=1)
+            cells.results.put(todo[0].key, record)
+        return summarise(comparison, cells, {}), comparison.folder
+
+    found, folder = summary("a", lambda multiple: 1000 if multiple < 2 else 2000)
+    assert by_name(found, "apex")["needed"]["n"] == 3
+    assert [len(row) for row in found["plain"]["control"]["tokens"].values()] == [2] * 3
+    assert any("come to as many tokens" in note for note in found["notes"])
+    write_outputs(folder, found)
+    none, folder = summary("b", lambda multiple: 1000)
+    assert by_name(none, "apex")["needed"] is None and not none["plain"]
+    write_outputs(folder, none)
 
 
 def test_arms_of_unequal_seeds(finished, monkeypatch):

@@ -9,8 +9,8 @@ from tiny_comparisons import opened, write_comparison
 
 from graftlm import config_docs
 from graftlm.comparing.config import CONTROL, CompareConfig, load_comparison
-from graftlm.comparing.identity import key_of, same_settings, settings_of
 from graftlm.errors import UserError
+from graftlm.identity import key_of, same_settings, settings_of
 from graftlm.training.config import DistillationConfig
 
 ROOT = Path(__file__).parents[1]
@@ -196,6 +196,25 @@ def test_the_name_of_a_run_is_its_content(config, tmp_path):
     assert key_of(settings_of(moved)) != key
     for change in ({"seed": 5}, {"learning_rate": 1e-2}, {"max_steps": 9}, {"eval_steps": 2}):
         assert key_of(settings_of(dataclasses.replace(config, **change))) != key
+
+
+def test_the_same_bytes_read_otherwise_are_another_run(config, tmp_path):
+    """A .txt is one document, a .jsonl a document a line. The name of the run is the same, so that kept ones stay."""
+    path = Path(config.data[0].path)
+    text = tmp_path / "same.txt"
+    text.write_bytes(path.read_bytes())
+    read_as_text = dataclasses.replace(config, data=(dataclasses.replace(config.data[0], path=str(text)),))
+    rows, plain = settings_of(config), settings_of(read_as_text)
+    assert key_of(rows) == key_of(plain) and not same_settings(rows, plain)
+    folder = tmp_path / "v1.0"
+    folder.mkdir()
+    path.rename(folder / "a.jsonl")
+    in_a_folder = settings_of(
+        dataclasses.replace(config, data=(dataclasses.replace(config.data[0], path=str(folder)),))
+    )
+    folder.rename(tmp_path / "v2")
+    renamed = dataclasses.replace(config, data=(dataclasses.replace(config.data[0], path=str(tmp_path / "v2")),))
+    assert same_settings(in_a_folder, settings_of(renamed))
 
 
 def test_no_path_of_this_machine_is_kept(config, tmp_path):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_prune_comparisons
 from rich.console import Console
 from tiny_comparisons import by_name, loss_of, made_up, opened, write_comparison
 from tiny_runs import read_metrics, read_summary
@@ -20,6 +21,7 @@ from graftlm import cli
 from graftlm.comparing import loop, process, runner
 from graftlm.comparing.loop import alone
 from graftlm.comparing.process import OutOfTime, RunFailed, run_record, watch
+from graftlm.comparing.pruning import runner as prune_runner
 from graftlm.comparing.runner import compare
 from graftlm.comparing.tasks import Tasks
 from graftlm.errors import UserError
@@ -156,11 +158,40 @@ def test_data_that_changes_meanwhile_ends_it(monkeypatch, tmp_path):
     assert len(json.loads((tmp_path / "out/results.json").read_text())["cells"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [(".", r"results: \. is a folder; name a file in it"), ("text.jsonl/x.json", "cannot write .*text.jsonl/x.json")],
+)
+@pytest.mark.parametrize("pruning", [False, True])
+def test_results_that_cannot_be_written_are_said_first(results, said, pruning, tmp_path, monkeypatch):
+    path = write_comparison(tmp_path, results=results)
+    if pruning:
+        path = tiny_prune_comparisons.write_comparison(tmp_path, results=results)
+    monkeypatch.chdir(tmp_path)
+    for module in (runner, prune_runner):
+        monkeypatch.setattr(module, "run_open", lambda *given: pytest.fail("a run was started"), raising=False)
+    monkeypatch.setattr(runner, "run_cells", lambda *given: pytest.fail("a run was started"))
+    with pytest.raises(UserError, match=said) as caught:
+        compare(path, console=quiet())
+    assert "\n" not in str(caught.value)
+
+
 def test_dry_run_writes_nothing(tmp_path):
     console = quiet()
     compare(write_comparison(tmp_path), dry_run=True, console=console)
-    assert "12 to run" in console.file.getvalue()
+    assert "12 to run, time unknown\n" in console.file.getvalue()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_what_is_known(tmp_path):
+    path = write_comparison(tmp_path, learning_rates=[1e-3, 2e-3], selection_seeds=[0], plain_multiples=[1])
+    _, cells = opened(path)
+    first = cells.open()[0]
+    here = {"environment": runner.describe_environment(), "wall_seconds": 30.0}
+    cells.results.put(first.key, made_up(first, 3.0, **here))
+    console = quiet()
+    compare(path, dry_run=True, console=console)
+    assert "3 to run now, about 1 min 30 s; 4 more once learning rates are chosen" in console.file.getvalue()
 
 
 def test_two_at_once_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """YAML and key=value words to RunConfig: what is accepted, what is refused, and where each error points."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftlm.apex_config import PRESETS, ApexConfig
+from graftlm.comparing.config import load_comparison
+from graftlm.comparing.pruning.config import load_prune_comparison
 from graftlm.configuring import config_to_dict, dump_yaml, load_config
 from graftlm.errors import UserError
+from graftlm.pruning.shrink.config import load_shrink
 from graftlm.training.config import RunConfig, SourceConfig
 
 BASE = "model: tiny-llama\ndata: book.txt\n"
@@ -170,7 +174,8 @@ def test_presets(load, name):
         ("apex: {preset: none}", "apex.preset: 'none' is not one of paper-it"),
         ("eval_data: [{limit: 2}]", "eval_data.path: is missing"),
         ("eval_data: &a [*a]", "eval_data: a sequence must be a mapping"),
-        ("max_length: 0", "max_length: 0 must be above 0"),  # from __post_init__, as the next three
+        ("max_length: 0", "max_length: 0 must be above 0"),  # from __post_init__, as the next four
+        ("max_length: 1", "max_length: 1 leaves nothing to predict; give at least 2"),
         ("apex: {k_heads: 0.9}", "apex.k_heads: 0.9 must be above 0 and at most 0.5"),
         ("apex: {stage_by: epochs}\nstreaming: true\nmax_steps: 5", "apex.stage_by: streaming data has no epochs"),
         ("eval_data: {path: a, weight: 0}", "data.weight: 0.0 of a must be above 0"),
@@ -181,6 +186,33 @@ def test_presets(load, name):
 )
 def test_errors_name_file_line_and_key(message, line, said):
     assert message(BASE + line).startswith(f"c.yaml:3: {said}")
+
+
+@pytest.mark.parametrize(
+    ("verb", "file", "said"),
+    [
+        (load_config, "compare_tiny", "base: this is a file for `graftlm compare`, not for `graftlm train`"),
+        (load_config, "compare_prune_tiny", "perplexity: this is a file for `graftlm compare`"),
+        (load_config, "shrink_tiny", "target_parameters: this is a file for `graftlm shrink`"),
+        (load_shrink, "compare_tiny", "base: this is a file for `graftlm compare`, not for `graftlm shrink`"),
+        (load_shrink, "cpt_tiny", "method: this is a file for `graftlm train`, not for `graftlm shrink`"),
+        (load_comparison, "cpt_tiny", "model: this is a file for `graftlm train`, not for `graftlm compare`"),
+        (load_comparison, "shrink_tiny", "target_parameters: this is a file for `graftlm shrink`"),
+        (load_prune_comparison, "shrink_tiny", "interleaves: this is a file for `graftlm shrink`"),
+    ],
+)
+def test_another_verbs_file_is_named(verb, file, said):
+    with pytest.raises(UserError) as caught:
+        verb(Path(__file__).parents[1] / "examples" / f"{file}.yaml")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert re.search(rf"{file}\.yaml:\d+: ", str(caught.value))
+
+
+def test_a_misspelt_key_is_no_other_verbs(message, tmp_path):
+    (tmp_path / "s.yaml").write_text("model: m\ndata: d\nsparsity: 0.5\nlearning_rate: 1\n")
+    with pytest.raises(UserError, match="unknown key 'learning_rate'"):
+        load_shrink(tmp_path / "s.yaml")
+    assert "unknown key 'base'" in message(BASE, "base.max_steps=3")
 
 
 def test_errors_of_nested_lines(message):

@@ -1,14 +1,17 @@
-"""Halves of a source's documents, and held-out data to choose on apart from what is reported."""
+"""Held-out data: what is chosen, what to choose on apart from what is reported, halves of a source's documents."""
 
 import json
+import re
 
 import pytest
+from test_data_support import byte_tokenizer, conversation, run_config, write_jsonl
 from tiny_runs import tiny_config, words, write_texts
 
 from graftlm.errors import UserError
 from graftlm.models import load_tokenizer
 from graftlm.training.config import SourceConfig
 from graftlm.training.data import prepare_data
+from graftlm.training.data.pipeline import hold_out_score
 from graftlm.training.data.sources import iterate_rows, source_identity
 from graftlm.training.run import train_one
 
@@ -74,3 +77,64 @@ def test_a_run_reports_both_losses_and_each_is_what_it_is_alone(tmp_path):
     assert "selection_loss" not in one
     metrics = (tmp_path / "both/run/metrics.jsonl").read_text().splitlines()
     assert both["selection_loss"] not in [json.loads(line)["loss"] for line in metrics]  # not on the curve
+
+
+# --- which documents are held back
+
+TOKENIZER = byte_tokenizer()
+
+
+def prepared(config):
+    return prepare_data(config, TOKENIZER, progress=False)
+
+
+def decoded(dataset) -> list[str]:
+    return [TOKENIZER.decode(item["input_ids"].tolist()) for item in dataset]
+
+
+@pytest.mark.parametrize("unusable", ["empty", "dropped"])
+def test_a_document_without_blocks_is_not_held_back(unusable, tmp_path):
+    """Where the hash picks none, the one it comes closest to may be empty or too long; where it is not, it is taken."""
+    texts = [f"document {n}, " * 9 for n in range(8)]
+    closest = sorted(range(1, 8), key=hold_out_score)
+    held = {}
+    for bad in (None, closest[0]):
+        if unusable == "empty":
+            rows = [{"text": "" if n == bad else text} for n, text in enumerate(texts)]
+        else:
+            rows = [conversation(text * (50 if n == bad else 1), text) for n, text in enumerate(texts)]
+        path = write_jsonl(tmp_path / f"{bad}.jsonl", rows)
+        data = prepared(run_config(path, cache=tmp_path, eval_fraction=0.001, max_length=400, truncation="drop"))
+        assert data.statistics.held_out_documents == 1
+        assert not any("too few documents" in note for note in data.statistics.notes)
+        held[bad] = set(re.findall("document .", "".join(decoded(data.evaluation))))
+    assert held == {None: {f"document {closest[0]}"}, closest[0]: {f"document {closest[1]}"}}
+
+
+def test_where_no_other_document_has_blocks(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 500}, {"text": ""}, {"text": "  "}])
+    data = prepared(run_config(path, cache=tmp_path, eval_fraction=0.001, max_length=64))
+    assert any("too few documents" in note for note in data.statistics.notes)
+    long = conversation("x" * 500, "y")
+    path = write_jsonl(tmp_path / "b.jsonl", [conversation("x" * 40, "y" * 20), long, long])
+    data = prepared(run_config(path, cache=tmp_path, eval_fraction=0.001, max_length=128, truncation="drop"))
+    assert any("nothing is held back" in note for note in data.statistics.notes)
+    assert data.statistics.held_out_documents == 0
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sources_that_are_not_evaluated_are_said(streaming, tmp_path):
+    path = write_texts(tmp_path / "t.jsonl")
+    held = []
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 400)
+        held.append(SourceConfig(str(tmp_path / f"{name}.txt")))
+    settings = {"cache": tmp_path, "max_length": 40, "streaming": streaming, "max_steps": 5, "eval_data": tuple(held)}
+    for blocks, sources in ((2, "ab"), (1, "a"), (9, "abc")):
+        data = prepared(run_config(path, eval_max_blocks=blocks, method="full", **settings))
+        assert {text[0] for text in decoded(data.evaluation)} == set(sources)
+        said = [note for note in data.statistics.notes if "eval_max_blocks is small" in note]
+        assert len(said) == (len(sources) < 3)
+        assert all(
+            f"nothing of {held[blocks].path}{' and 1 more' * (blocks == 1)} is evaluated" in note for note in said
+        )

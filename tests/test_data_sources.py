@@ -213,6 +213,8 @@ def test_alpaca_input_and_system(tmp_path):
         ({"messages": [{"role": "bot", "content": "Q"}]}, "unknown role 'bot'"),
         ({"messages": [{"role": "assistant", "content": None}]}, "no content"),
         ({"messages": [{"content": "Q"}]}, "role and content"),
+        ({"messages": [EXPECTED[0], {"role": "assistant", "content": "x \ud83d y"}]}, "'\\ud83d' is half of a"),
+        ({"messages": EXPECTED, "tools": [{"name": "\udc00"}]}, "'\\udc00' is half of a"),
         ({"text": "a"}, "no column messages; found text"),
     ],
 )
@@ -223,10 +225,32 @@ def test_bad_conversations_name_file_and_line(tmp_path, row, word):
     assert f"{path}:2: " in str(caught.value) and word in str(caught.value)
 
 
-def test_bad_sharegpt_role(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"conversations": [{"from": "narrator", "value": "x"}]}])
-    with pytest.raises(UserError, match=r"a\.jsonl:1: turn 1: unknown role 'narrator'"):
+@pytest.mark.parametrize("role", ["narrator", ["human"], {"a": 1}, None])
+def test_bad_sharegpt_role(role, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"conversations": [{"from": role, "value": "x"}]}])
+    with pytest.raises(UserError) as caught:
         documents_of(path)
+    assert f"a.jsonl:1: turn 1: unknown role {role!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["instruction", "input"])
+def test_alpaca_with_a_number(column, tmp_path):
+    row = {"instruction": "Q", "input": "1", "output": "A"} | {column: 5}
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: column {column} is int, not text"):
+        documents_of(write_jsonl(tmp_path / "a.jsonl", [row]))
+
+
+@pytest.mark.parametrize("text", ["half \ud83d a pair", "\udc00", "ends \ud83d"])
+def test_half_of_a_character(text, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "\U0001f600, whole"}, {"text": text}])
+    with pytest.raises(UserError, match=r"a\.jsonl:2: '\\u....' is half of a character"):
+        documents_of(path)
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("inf"), float("nan")])
+def test_weights_that_share_nothing_out(weight):
+    with pytest.raises(UserError, match=r"data.weight: .* of a must be above 0 and finite"):
+        SourceConfig("a", weight=weight)
 
 
 def test_unknown_columns_are_listed(tmp_path):

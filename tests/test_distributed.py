@@ -15,7 +15,7 @@ import pytest
 import torch
 from many_processes import launch, relative_difference, run_of, saved_model, spread_config
 from safetensors.torch import load_file
-from tiny_runs import read_metrics, read_summary, write_texts
+from tiny_runs import read_metrics, read_summary, write_chats, write_texts
 from transformers import TrainingArguments
 
 from graftlm.configuring import dump_yaml
@@ -24,7 +24,7 @@ from graftlm.models import load_model
 from graftlm.training import distributed, run_trainer
 from graftlm.training.arguments import training_arguments
 from graftlm.training.checkpoints import list_checkpoints
-from graftlm.training.config import DistributedConfig
+from graftlm.training.config import DistributedConfig, RunConfig, SourceConfig
 
 BAR = 1e-5
 REGIMES = {
@@ -65,6 +65,8 @@ def same(run: Path, reference: Path, without: str = "nothing") -> None:
     for a, b in zip(ours["stages"], theirs["stages"], strict=True):
         for key in ("step", "heads", "channels", "tokens"):
             assert a[key] == b[key], key
+        for role, moved in b.get("moved", {}).items():
+            assert a["moved"][role] == pytest.approx(moved, rel=1e-2), role
     assert ours["eval_loss_end"] == pytest.approx(theirs["eval_loss_end"], rel=1e-5)
     assert ours["eval_loss_end"] < ours["eval_loss_start"] - 0.01
     for a, b in zip(read_metrics(run), read_metrics(reference), strict=True):
@@ -137,6 +139,38 @@ def test_settings(setting, value, kind, strategy, folder):
     if setting not in ("bf16", "dtype"):
         assert relative_difference(two, one) < BAR
     assert read_summary(two)["eval_loss_end"] == pytest.approx(read_summary(one)["eval_loss_end"], rel=0.01)
+
+
+def streamed(folder: Path, world: int, strategy: str, name: str, kind: str) -> RunConfig:
+    """Four passes over a stream whose last block is a short one; conversations are all of other lengths."""
+    folder.mkdir(exist_ok=True)
+    config = spread_config(folder, world, strategy, name=name, method="full", streaming=True, save_steps=2)
+    if kind == "text":
+        return dataclasses.replace(config, data=(dataclasses.replace(config.data[0], limit=9),))
+    path = folder / "chats.jsonl"
+    chats = (SourceConfig(str(path if path.exists() else write_chats(path, 45))),)
+    return dataclasses.replace(config, data=chats, eval_data=chats, packing=False, chat_template="chatml")
+
+
+@pytest.mark.parametrize("kind", ["text", "chats"])
+def test_a_stream_is_shared_out(kind, folder):
+    """Every step has the sequences that it has with one process, nothing is seen twice; and a run that is stopped goes
+    on with them, with the same number of processes or another."""
+    configs = [streamed(folder, world, "ddp", f"stream-{kind}-{world}", kind) for world in (1, 2)]
+    for world, config in zip((1, 2), configs, strict=True):
+        outcomes = launch(folder / "logs", world, many_processes.train, config)
+        assert [o.code for o in outcomes] == [0] * world, "\n".join(o.told for o in outcomes)
+    one, two = (Path(config.output_dir) for config in configs)
+    same(two, one)
+    for world, stop_at, resume, code in (
+        (2, 7, False, -signal.SIGKILL),
+        (2, 11, True, -signal.SIGKILL),
+        (1, 21, True, 0),
+    ):
+        moving = streamed(folder, world, "ddp", f"stream-{kind}-moving", kind)
+        outcomes = launch(folder / "logs", world, train_until, moving, resume, stop_at)
+        assert {o.code for o in outcomes} == {code}, outcomes
+    same(Path(moving.output_dir), one)
 
 
 @pytest.mark.slow

@@ -131,6 +131,21 @@ def test_every_key_is_explained(kind, prefix):
         assert len(re.findall(r"(?<!\\)\|", row)) == 5  # a | inside a cell would break the table
 
 
+def test_the_reference_has_values_and_whole_sentences():
+    """No name of a Python type where a value may stand, and no introduction that stops midway."""
+    page = config_docs.configuration_markdown()
+    known = {"text", "whole number", "number", "true or false", "null", "mapping", "list of", "source", "see below"}
+    for row in re.findall(r"^\| `.*", page, re.MULTILINE):
+        cells = re.split(r"(?<!\\)\|", row)
+        kind = cells[2] if len(cells) == 6 else ""  # not of the table of presets
+        kind = re.sub(r"mapping, see [^,|]+ below|`[^`]*`", "", kind)
+        words = [word.strip() for word in re.split(r"[,:]|(?<!true) or ", kind) if word.strip()]
+        assert set(words) <= known | {"mapping to"}, row
+    for title, _, _ in config_docs.SECTIONS:
+        section = page.partition(f"\n## {title}\n\n")[2]
+        assert section.partition("\n")[0].endswith("."), title
+
+
 def test_presets_in_the_reference_can_be_copied():
     page = config_docs.configuration_markdown()
     for name, settings in PRESETS.items():

@@ -300,6 +300,20 @@ def test_another_model_does_not_get_kept_answers(model, saved, data, tmp_path, m
     assert other["results"] == run_evaluation("tiny-llama", tmp_path / "fresh.json", **settings)["results"]
 
 
+def test_a_place_that_cannot_be_written_is_said_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, says in [(tmp_path, "is a folder; name a file in it"), (tmp_path / "file" / "o.json", "cannot write")]:
+        with pytest.raises(UserError, match=says):
+            run_evaluation("no/such/model", out, tasks=["arc_easy"])
+
+
+def test_a_refused_evaluation_leaves_nothing(data, tmp_path):
+    (tmp_path / "new").mkdir()
+    with pytest.raises(UserError, match="above the model's"):
+        run_evaluation("tiny-llama", tmp_path / "new/o.json", tasks=["arc_easy"], data_dir=data, max_length=10**6)
+    assert not list((tmp_path / "new").iterdir())
+
+
 @pytest.mark.slow
 def test_killed_process_goes_on(saved, data, tmp_path):
     out = tmp_path / "out.json"
@@ -330,7 +344,11 @@ def test_cache_gives_sampled_answers_once_each(tmp_path):
     assert [cache.take("generate_until", sampled) for _ in range(3)] == ["one", "two", None]
     assert [cache.take("loglikelihood", ("a", "b")) for _ in range(2)] == [[-1.5, True]] * 2
     assert cache.take("loglikelihood", ("a", "c")) is None
-    assert len(RequestCache(tmp_path / "c.jsonl", {"model": "b"})) == 0
+    other = RequestCache(tmp_path / "c.jsonl", {"model": "b"})
+    assert len(other) == 0
+    other.add("loglikelihood", ("a", "b"), [-1.5, True])
+    other.flush()
+    assert len(RequestCache(tmp_path / "c.jsonl", {"model": "b"})) == 1
     assert len(RequestCache(tmp_path / "c.jsonl", {"model": "a"})) == 0  # thrown away by the other model
 
 

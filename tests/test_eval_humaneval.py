@@ -63,6 +63,7 @@ HARM = {
     "temporary": "import tempfile\ntempfile.TemporaryFile()",
     "memory file": "import os\nos.memfd_create('x')",
     "folder": "import os\nos.mkdir('x')",
+    "any ioctl": "import fcntl, termios\nfcntl.ioctl(open('/dev/null'), termios.FIOCLEX)",
     "signal to the parent": "import os\nos.kill(os.getppid(), 0)",
     "more time": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (100, 100))",
     "memory": "x = bytearray(2**31)",

@@ -91,6 +91,12 @@ def test_every_kind_of_file_gives_the_same(model, tokenizer, texts, tmp_path):
         assert result == expected
 
 
+def test_half_of_a_character_is_said(model, tokenizer, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "good"}\n{"text": "half \\ud83d"}\n')
+    with pytest.raises(UserError, match=r"t\.jsonl:2: '\\ud83d' is half of a character"):
+        evaluate_perplexity(model, tokenizer, tmp_path / "t.jsonl", max_length=CONTEXT, progress=False)
+
+
 def test_long_document_arrives_whole(model, tokenizer, tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text(TEXTS[0])
     whole = evaluate_perplexity(model, tokenizer, tmp_path / "t.txt", max_length=CONTEXT, progress=False)

@@ -1,15 +1,18 @@
 """Experiments' configs load, and those that share results share what they start from."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
+from tiny_models import batches, tiny_model
 
 from graftlm.comparing.config import load_comparison
 from graftlm.comparing.pruning.cells import PruneCells
 from graftlm.comparing.pruning.config import load_prune_comparison
 from graftlm.comparing.results import Results
 from graftlm.configuring import load_config
+from graftlm.pruning.prune import prune
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 COMPARED = sorted(path for path in FOLDER.glob("*/config.yaml") if "variants:" in path.read_text())
@@ -31,9 +34,10 @@ def test_comparison_of_pruning(path, tmp_path):
     assert path.parent.name.startswith("adapt_")  # the other paper's tables have numbers, too
     text = tmp_path / "text.txt"
     text.write_text("words")
-    sources = [f"data.path={text}", f"perplexity={text}"]
-    own = [f"shrink.eval_data.path={text}"] if "shrink:" in path.read_text() else []
-    found = load_prune_comparison(path, [*sources, *own])
+    written = path.read_text()
+    data = [f"data.{i}.path={text}" for i in range(2)] if "data:\n" in written else [f"data.path={text}"]
+    own = [f"shrink.eval_data.path={text}"] if "eval_data:" in written else []
+    found = load_prune_comparison(path, [*data, f"perplexity={text}", *own])
     assert found.settings.model == "smollm2" and found.settings.data and len(found.arms) > 1
     assert len(found.settings.seeds) == 3 and found.settings.control == found.control
     assert found.settings.results and (FOLDER.parent / found.settings.results).parent == FOLDER / "results"
@@ -43,8 +47,17 @@ def test_comparison_of_pruning(path, tmp_path):
 
 @pytest.mark.parametrize("name", ["adapt_table1", "adapt_table8"])
 def test_sizes_as_published(name):
+    """Every arm prunes a model at its first size, with less to measure on."""
     found = load_prune_comparison(FOLDER / name / "config.yaml", ["sparsity_of=channels"])
-    assert not any(job.settings.exact for arm in found.arms for _, job in arm.by_size)
+    jobs = [job for arm in found.arms for _, job in arm.by_size]
+    assert jobs and not any(job.settings.exact for job in jobs)
+    for arm in found.arms:
+        settings = arm.by_size[0][1].settings
+        fewer = {"iterations": settings.iterations and min(2, settings.iterations), "sheared_steps": 2}
+        model = tiny_model(num_hidden_layers=4)
+        pruned = prune(model, dataclasses.replace(settings, **fewer), lambda i: batches(1, seed=i))
+        if settings.method != "slicegpt":  # whose rotations are more than it cuts from so small a model
+            assert pruned.parameters < pruned.original_parameters, arm.name
 
 
 def test_adapt_accel_and_prune_then_train_see_the_same_tokens():
@@ -71,5 +84,5 @@ def test_shared_results_have_one_start():
         base["apex"] = {}  # the control has no use for it
         if path.parent.name != "table1":  # at learning rates of its own, chosen on halves of the data
             bases.setdefault((content["results"], str(base["data"])), []).append(base)
-    assert len(bases) == 5
+    assert len(bases) == 6
     assert all(base == group[0] for group in bases.values() for base in group)

@@ -73,8 +73,15 @@ def test_padded_is_a_stock_checkpoint_that_computes_the_same(
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "p")(ids).logits
         torch.testing.assert_close(stock, load_model(str(uneven))(ids).logits, rtol=0, atol=1e-5)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "p")).__name__ == "LlamaForCausalLM"
+    card = (tmp_path / "p/README.md").read_text()
+    assert licence_of(tmp_path / "p") == "apache-2.0"
+    assert f"`{uneven}`, whose layers are of different widths" in card and "trust_remote_code" not in card
+    assert "| 0 | 4 | 2 | 7 |" in card  # before padding
     code, out, _ = run(capsys, tmp_path / "p", "--format", "stock", "--out", tmp_path / "s")
     assert code == 0 and "is a stock llama checkpoint already" in out
+    assert licence_of(tmp_path / "s") == "apache-2.0"
+    copied = (tmp_path / "s/README.md").read_text()
+    assert card.split("---")[2].strip() in copied and f"from `{tmp_path / 'p'}`, with the same weights" in copied
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "s").num_parameters() > 0
 
 
@@ -131,10 +138,16 @@ def test_smollm2(layers_differ: bool, tmp_path: Path) -> None:
     from graftlm.models import load_model, load_tokenizer
 
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
-    if layers_differ:  # what is not missed much: the model stays a model
-        channels = [block for block in prunable_blocks(model) if block.kind == "channels"][10:14]
-        model = keep_components(model, {b.name: torch.arange(b.components - 32 * i) for i, b in enumerate(channels)})
+    if layers_differ:  # at random, one layer without attention: the case of docs/export.md
+        generator, kept = torch.Generator().manual_seed(0), {}
+        for block in prunable_blocks(model):
+            least = block.components // 2 if block.kind == "channels" else 1
+            count = int(torch.randint(least, block.components + 1, (1,), generator=generator))
+            count = 0 if block.kind == "heads" and block.layer == 7 else count
+            kept[block.name] = torch.randperm(block.components, generator=generator)[:count].sort().values
+        model = keep_components(model, kept)
     written = export_gguf(model, tokenizer, tmp_path / "m.gguf", kind="f32")
     assert written.architecture == ("deci" if layers_differ else "llama")
     found = check(written.path, model, tokenizer, "f32")
-    assert found.difference < 1e-4 and found.same_first == found.positions
+    # 3e-5 with this draw, 2e-4 with another; whole, 4e-5.
+    assert found.difference < (3e-4 if layers_differ else 1e-4) and found.same_first == found.positions

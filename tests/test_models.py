@@ -228,8 +228,27 @@ def test_code_that_comes_with_a_model_is_not_run_unasked(folder):
     config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(UserError, match="set trust_remote_code: true"):
+    with pytest.raises(UserError, match=r"give --trust-remote-code \(of a run: trust_remote_code: true\)"):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize("open_it", [load_model, load_tokenizer])
+def test_a_gguf_file_of_an_architecture_that_transformers_does_not_read(open_it, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "deci")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="of architecture deci, which transformers does not read; name the folder") as e:
+        open_it(str(tmp_path / "m.gguf"))
+    assert len(str(e.value)) < 500
+
+
+def test_a_long_list_of_transformers_is_cut(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "homemade"}))
+    with pytest.raises(UserError) as caught:
+        load_model(str(folder))
+    assert len(str(caught.value)) < 500 + len(str(folder))
 
 
 def test_model_without_tokenizer(folder):

@@ -10,9 +10,9 @@ from tiny_runs import assert_same_run, read_summary, tiny_config, write_texts
 
 from graftlm.anatomy import read_anatomy
 from graftlm.assess import assess
-from graftlm.comparing.identity import by_content
 from graftlm.evaluation.run import model_fingerprint, run_evaluation
 from graftlm.generation import generate
+from graftlm.identity import by_content
 from graftlm.methods.adapter_settings import LoraSettings
 from graftlm.models import has_own_class, load_model, load_skeleton, load_tokenizer
 from graftlm.pruning.saving import save_pruned

@@ -234,6 +234,48 @@ def test_a_gain_is_checked_with_runs_of_its_own(tmp_path, monkeypatch):
     )
 
 
+def test_pairs_that_are_copies_end_it(tmp_path, monkeypatch):
+    """Plain training that seeds do not change is one pair, however often it is run."""
+    asked = []
+
+    def record(config, settings, say):
+        asked.append(config.method)
+        return {"eval_loss_end": 3.0 - 0.05 * (config.method == "apex"), "stage_starts": [0, 5], "tokens": 1}
+
+    monkeypatch.setattr(piloting, "run_record", record)
+    report = pilot(tiny_config(tmp_path, max_steps=9_000), console=quiet())
+    assert asked == ["apex", "full"] * 2 and report["answer"] == "undecided" and report["interval"] is None
+    assert "no interval: plain training has the same loss" in report["text"]
+
+
+def test_streams_of_one_order_are_refused(tmp_path):
+    config = tiny_config(tmp_path, max_steps=9_000, streaming=True)
+    with pytest.raises(UserError, match="streaming: one source comes in the same order at every seed"):
+        plan_pilot(config, 9_000)
+    plan_pilot(dataclasses.replace(config, data=config.data * 2), 9_000)  # mixed by the seed
+
+
+def test_a_changed_default_runs_again(tmp_path, monkeypatch):
+    ran = []
+
+    def record(config, settings, say):
+        ran.append(config.method)
+        loss = 3.0 + 0.05 * (config.method == "apex") + 0.001 * config.seed
+        return {"eval_loss_end": loss, "stage_starts": [0, 5], "tokens": 1, "settings": settings}
+
+    monkeypatch.setattr(piloting, "run_record", record)
+    config = tiny_config(tmp_path, max_steps=9_000)
+    pilot(config, console=quiet())
+    pilot(config, console=quiet())
+    assert len(ran) == 6
+    kept = tmp_path / "run-pilot" / "seed1.json"
+    old = json.loads(kept.read_text())
+    old["record"]["settings"]["adam_beta2"] = 0.5  # what was the default then
+    kept.write_text(json.dumps(old))
+    pilot(config, console=quiet())
+    assert ran[6:] == ["apex"]
+
+
 def test_a_run_that_fails_ends_it(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RunFailed("the loss is NaN")

@@ -201,9 +201,30 @@ def test_plan_counts_small_data(tmp_path, monkeypatch):
     file.write_text("x" * 3199)  # with the end of text 3,200 tokens of a byte: 100 blocks, of which 2 are held back
     given = config(max_steps=-1, data=(SourceConfig(str(file)),))
     console = Console(width=160, record=True, quiet=True)
+    told = []
+    monkeypatch.setattr(
+        "graftlm.training.plan.estimate", lambda *args, **known: told.append(known) or estimate(*args, **known)
+    )
     assert plan(given, console=console)["steps"] == 49
+    assert told[0]["evaluation_blocks"] == 2
     monkeypatch.setattr("graftlm.training.plan.PREPARED_AT_MOST", 0)
     assert plan(given, console=console)["steps"] == 3199 // 4 // 32 // 2  # 24 blocks, assumed; 2 a step
+    assert told[1]["evaluation_blocks"] is None
+
+
+@pytest.mark.parametrize(("settings", "blocks", "evaluated"), [
+    ({}, None, 64), ({}, 5, 5), ({}, 100, 64), ({}, 0, 0), ({"eval_max_blocks": 3}, 5, 3),
+    ({"eval_fraction": 0.0}, None, 0),
+])  # fmt: skip
+def test_no_more_is_evaluated_than_there_is(settings, blocks, evaluated, monkeypatch):
+    model, given = load_model("tiny-llama"), config(method="full", **settings)
+    seconds = {"forward_layers": 10.0, "forward_rest": 0.0}  # measured, they would differ from one time to the next
+    taken = lambda *args, **kwargs: dataclasses.replace(measure(*args, **kwargs), **seconds)  # noqa: E731
+    monkeypatch.setattr(estimates, "measure", taken)
+    one = estimate(config(method="full", eval_max_blocks=1), model, None)["estimated_evaluation_seconds"]
+    planned = estimate(given, model, None, evaluation_blocks=blocks)
+    assert one > 1
+    assert planned["estimated_evaluation_seconds"] == pytest.approx(evaluated * one, rel=1e-3)
 
 
 def test_a_folder_with_a_config_is_enough(tmp_path):

@@ -18,6 +18,8 @@ from graftlm.comparing.pruning import runner, work
 from graftlm.comparing.pruning.config import PruneCompareConfig, load_prune_comparison
 from graftlm.comparing.pruning.jobs import PruneJob, changed
 from graftlm.comparing.runner import compare
+from graftlm.comparing.tasks import Tasks
+from graftlm.content import file_sha256
 from graftlm.errors import UserError
 from graftlm.evaluation.run import run_evaluation
 from graftlm.files import read_json
@@ -118,6 +120,26 @@ def test_sizes_settings_and_control(tmp_path):
     assert published and not any(one.exact for one in published)
 
 
+def test_the_control_is_the_uniform_one(tmp_path):
+    """Of its method, whether it trains or not; with `uniform: false` it chooses layers like the others."""
+    adapt, chosen, uniform = (
+        {"method": m, "uniform": u} for m, u in (("adapt", None), *[("llm-pruner", u) for u in (False, None)])
+    )
+    by_name = {"adapt": adapt, "chosen": chosen, "even": uniform}
+    assert opened(write_comparison(tmp_path, variants=by_name))[0].control == "even"
+    without, _ = opened(write_comparison(tmp_path, variants={"adapt": adapt, "chosen": chosen}))
+    assert without.control == "adapt" and any("no variant is uniform" in note for note in without.notes)
+    also = {"chosen": chosen, "flap": {"method": "flap", "iterations": None, "uniform": True}}
+    assert not any(
+        "no variant is uniform" in note for note in opened(write_comparison(tmp_path, variants=also))[0].notes
+    )
+    shrinks = {name: {"prune": prune} for name, prune in by_name.items()}
+    path = write_shrinks(tmp_path, variants=shrinks, control=None)
+    assert opened(path)[0].control == "even"
+    path = write_shrinks(tmp_path, variants={"adapt": {}}, control=None)
+    assert any("{prune: {method: llm-pruner}}" in note for note in opened(path)[0].notes)
+
+
 def test_keys_go_by_content(tmp_path):
     keys = [cell.key for cell in opened(write_comparison(tmp_path / "a"))[1].wanted()]
     assert len(set(keys)) == 3
@@ -153,6 +175,31 @@ def test_weights_may_be_held_in_bfloat16(in_this_process, tmp_path):
     told = read_json(cells.run_folder(cell) / "model/config.json")
     assert told["dtype"] == "bfloat16"
     assert read_json(cells.run_folder(cell) / "eval.json")["dtype"] == "bfloat16"
+
+
+def test_tasks_on_other_questions_are_asked_again(in_this_process, tmp_path, monkeypatch):
+    """What a cell scored is known by the files that its questions were in."""
+    questions = tmp_path / "D" / "piqa" / "test.jsonl"
+    questions.parent.mkdir(parents=True)
+    questions.write_text("one")
+    evaluate = runner.evaluate
+
+    def scored(model, out, options, *rest):
+        report = evaluate(model, out, options, *rest)
+        report["results"]["piqa"] = {"acc": 0.5, "shots": 0}
+        report["data"]["piqa"] = {"piqa/test.jsonl": file_sha256(questions)}
+        return report
+
+    monkeypatch.setattr(runner, "evaluate", scored)
+    monkeypatch.setattr(Tasks, "check", lambda self: None)
+    monkeypatch.setattr(Tasks, "options", lambda self: [])
+    path = write_comparison(tmp_path, variants={"a": {}}, tasks=["piqa"], task_data_dir=str(tmp_path / "D"))
+    compare(path, console=quiet())
+    assert not opened(path)[1].open()
+    questions.write_text("two")
+    assert len(opened(path)[1].open()) == 2
+    compare(path, console=quiet())
+    assert not opened(path)[1].open()
 
 
 # --- equal sizes -----------------------------------------------------------------------------------------------------
@@ -219,14 +266,13 @@ def test_a_whole_comparison(in_this_process, tmp_path):
     assert len(in_this_process) == 2
 
 
-def write_shrinks(tmp_path: Path) -> Path:
+def write_shrinks(tmp_path: Path, **changes) -> Path:
     train = {"max_length": 32, "per_device_train_batch_size": 2, "eval_max_blocks": 2, "logging_steps": 1}
     shrink = {"max_steps": 3, "prune": {"samples": 4, "sample_length": 32, "iterations": 1}, "train": train}
     eval_data = str(write_texts(tmp_path / "eval.jsonl", 2, first=50))
     variants = {"at once": {"interleaves": 1}, "in turn": {"interleaves": 2}}
-    return write_comparison(
-        tmp_path, prune=None, shrink={**shrink, "eval_data": eval_data}, variants=variants, control="at once"
-    )
+    given = {"variants": variants, "control": "at once", **changes}
+    return write_comparison(tmp_path, prune=None, shrink={**shrink, "eval_data": eval_data}, **given)
 
 
 def test_a_shrink_is_known_by_its_settings(tmp_path):

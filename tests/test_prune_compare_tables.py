@@ -77,6 +77,19 @@ def test_differences_are_paired_by_trial(tmp_path):
     assert rows[3]["control"] == "yes" and rows[0]["piqa"] == "0.5"
 
 
+def test_calibration_stands_beside_the_time(tmp_path):
+    """By the settings, so that records of before there was a column have it too."""
+    sheared = {"method": "sheared", "sheared_steps": 5, "iterations": None}
+    variants = {"adapt": {"method": "adapt"}, "random": {"method": "random"}, "sheared": sheared}
+    summary = finished(write_comparison(tmp_path, variants=variants), lambda cell: 20.0)
+    costs = next(table for table in tables(summary) if table.title == "Sizes and costs")
+    column = costs.header.index("calibration tokens")
+    assert costs.header[column + 1] == "time"
+    assert {row[1]: row[column] for row in costs.rows} == {"adapt": "256", "random": "0", "sheared": "640"}
+    rows = list(csv.DictReader(io.StringIO(csv_text(summary))))
+    assert [row["calibration_tokens"] for row in rows] == ["256", "0", "640"]
+
+
 def test_two_trials_have_no_interval(tmp_path):
     summary = finished(write_comparison(tmp_path, seeds=[0, 1]), lambda cell: 30.0 + len(cell.arm))
     ratio = summary["rows"][0]["perplexity"]["held_out.txt"]["ratio"]

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from tiny_models import FAMILIES, batches, tiny_model
 from tiny_runs import write_texts
 
@@ -13,13 +14,22 @@ from graftlm.assess import assess
 from graftlm.errors import UserError
 from graftlm.files import read_json
 from graftlm.held_out import mean_loss
+from graftlm.models import load_model
 from graftlm.pruning.run import run_prune
 from graftlm.pruning.sensitivity import UNIFORM, layer_sensitivity, least_important
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_components
 from graftlm.pruning.taylor import taylor
-from graftlm.reporting.layers import plot_iterations, plot_layers, plot_sensitivity, plot_shares, widths
+from graftlm.reporting.layers import (
+    plot_iterations,
+    plot_layers,
+    plot_sensitivity,
+    plot_shares,
+    plot_whole_layers,
+    widths,
+)
 from graftlm.reporting.pruning import component_costs, write_report
+from graftlm.reporting.style import figure
 from graftlm.training.config import SourceConfig
 
 
@@ -66,12 +76,46 @@ def test_a_report_needs_no_weights(pruned):
 
 def test_component_costs_add_up(pruned):
     """Parameters of the components that went are those that the model lost."""
-    costs, told = component_costs(pruned), read_json(pruned / "pruning.json")
+    costs, told = component_costs(load_model(str(pruned))), read_json(pruned / "pruning.json")
     gone = {
         part: float(widths(told["original_shapes"], part).sum() - widths(told["shapes"], part).sum()) for part in costs
     }
     lost = sum(gone[part] * costs[part] for part in costs)
     assert lost == told["original_parameters"] - told["parameters"]
+
+
+def test_a_sliced_model_is_drawn_by_its_layers_parameters(tmp_path, monkeypatch):
+    """Its components have all stayed: counted, or at the cost that one has now, they would say that nothing went."""
+    drawn = []
+
+    def drawing(parameters, before, path):
+        drawn.append((list(parameters), list(before)))
+        return plot_whole_layers(parameters, before, path)
+
+    monkeypatch.setattr("graftlm.reporting.pruning.plot_whole_layers", drawing)
+    settings = PruneSettings(method="slicegpt", sparsity=0.3, samples=4, sample_length=32)
+    data = (SourceConfig(str(write_texts(tmp_path / "text.jsonl"))),)
+    run_prune("tiny-llama", settings, data, tmp_path / "model", progress=False)
+    told = read_json(tmp_path / "model" / "pruning.json")
+    (now, before) = drawn[0]
+    assert (now, before) == (told["layer_parameters"], told["original_layer_parameters"])
+    assert sum(now) < 0.9 * sum(before)
+    assert f"<td>{now[0]:,} of {before[0]:,}</td>" in (tmp_path / "model" / "report.html").read_text()
+
+
+def test_what_lost_no_component_is_not_drawn_as_whole(tmp_path, monkeypatch):
+    lines, notes = [], []
+    monkeypatch.setattr(Axes, "plot", lambda self, *args, label=None, **kwargs: lines.append(label))
+    monkeypatch.setattr("graftlm.reporting.layers.legend", lambda *_: None)
+    monkeypatch.setattr("graftlm.reporting.layers.save", lambda made, path: path)
+    monkeypatch.setattr(
+        "graftlm.reporting.layers.figure", lambda *args, note, **kwargs: notes.append(note) or figure(*args, **kwargs)
+    )
+    original = [shape(3, 64)] * 4
+    models = {"adapt": [shape(2, 64)] * 4, "sliced": original, "depth": original[:2]}
+    plot_shares(models, original, "t", tmp_path / "a.png")
+    assert set(lines) == {"adapt"}
+    assert "sliced, depth" in notes[0]
 
 
 def test_not_a_pruned_model(tmp_path):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import batches, tiny_model
 
 from graftlm import cli
 from graftlm.errors import UserError
@@ -16,6 +16,7 @@ from graftlm.pruning.notes import notes_on, unused
 from graftlm.pruning.prune import count_parameters
 from graftlm.pruning.prune import prune as prune_model
 from graftlm.pruning.settings import METHODS, PruneSettings
+from graftlm.pruning.ways import WAYS, calibration_in_words, sequences_seen
 from graftlm.training.config import SourceConfig
 
 
@@ -48,7 +49,7 @@ def test_calibration_is_drawn_anew_each_iteration_by_seed(text):
     assert all(batch["input_ids"].numel() <= 640 for batch in drawn(0))
     held = rows_of(drawn.held_out())
     assert held and not held & set().union(*(rows_of(drawn(i)) for i in range(200)))
-    assert drawn.size == "12 sequences of 64 tokens" and not drawn.notes
+    assert not drawn.notes
 
 
 def test_conversations_calibrate_too(tmp_path, monkeypatch):
@@ -86,7 +87,7 @@ def test_the_verb_writes_a_model_that_opens(text, tmp_path, capsys):
     given = ("--data", str(text), "--out", str(out), "--iterations", "2", "--amplitude", "0.1")
     assert prune("--sparsity", "0.3", *given) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "10 sequences of 64 tokens each" in said and "2 iterations" in said
+    assert "s, on 20 sequences of 64 tokens (10 in each of 2 steps)" in said
     assert f"--uniform --method adapt --data {text} --out {out}-uniform iterations=2 amplitude=0.1" in said
     model, original = load_model(str(out)), load_model("tiny-llama")
     summary = json.loads((out / "pruning.json").read_text())
@@ -94,7 +95,7 @@ def test_the_verb_writes_a_model_that_opens(text, tmp_path, capsys):
         p.numel() for name, p in original.named_parameters() if "proj" in name
     )
     assert target - 3 * 64 < count_parameters(model) == summary["parameters"] <= target
-    assert summary["settings"]["amplitude"] == 0.1 and summary["calibration"] == "10 sequences of 64 tokens"
+    assert summary["settings"]["amplitude"] == 0.1 and summary["calibration_sequences"] == 20
     assert summary["held_out_loss"] > 0 and len(summary["layer_parameters"]) == 4
     assert load_tokenizer(str(out)).eos_token_id == load_tokenizer("tiny-llama").eos_token_id
     assert "a loss of" in (out / "README.md").read_text()
@@ -150,6 +151,64 @@ def test_what_cannot_be_is_said_before_anything_is_read(text, tmp_path, monkeypa
     ]:
         assert cli.main(["prune", str(model), "--data", str(text), *words]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_a_sliced_model_is_not_told_of_numbers_of_heads():
+    """Its class is its own because of the rotations: no sparsity makes it stock."""
+    model = tiny_model()
+    pruned = prune_model(model, PruneSettings(method="slicegpt", sparsity=0.3), lambda _: batches(1, rows=4))
+    assert not any("all layers are alike" in note for note in notes_on(pruned))
+
+
+class Read(dict):
+    """A batch that knows whether it was looked at."""
+
+    seen = False
+
+    def _look(self):
+        self.seen = True
+        return self
+
+    def __getitem__(self, key):
+        return dict.__getitem__(self._look(), key)
+
+    def items(self):
+        return dict.items(self._look())
+
+
+WITHIN_LAYERS = [{"uniform": False}, {"heads_by": "loss", "samples": 24, "sample_length": 64}]
+
+
+@pytest.mark.parametrize(
+    "method, given",
+    [(method, given) for method in METHODS for given in ({}, *(WITHIN_LAYERS if WAYS[method].iterations else ()))],
+)
+def test_what_a_method_says_to_have_seen_is_what_it_read(method, given):
+    """Beside every time: sequences that a method read, of 3 iterations or 4 steps."""
+    steps = {"iterations": 3} if WAYS[method].iterations else {}
+    chosen = PruneSettings(method=method, sparsity=0.3, sheared_steps=4, **{"samples": 4, **steps, **given})
+    model, drawn = tiny_model(max_position_embeddings=64), []
+
+    def calibration(_):
+        size = max(1, min(chosen.samples, 640 // chosen.sample_length))
+        ids = torch.randint(0, model.config.vocab_size, (chosen.samples, chosen.sample_length)).split(size)
+        drawn.append([Read({"input_ids": part, "labels": part}) for part in ids])
+        return drawn[-1]
+
+    prune_model(model, chosen, calibration)
+    read = sum(len(dict.__getitem__(batch, "input_ids")) for some in drawn for batch in some if batch.seen)
+    assert sequences_seen(chosen) == read
+    words = calibration_in_words(chosen)
+    assert words.startswith(f"{read} sequence" if read else "no calibration text")
+
+
+def test_a_method_that_looks_at_nothing_says_so(text, tmp_path, capsys):
+    out = tmp_path / "small"
+    assert prune("--sparsity", "0.3", "--data", str(text), "--method", "random", "--out", str(out)) == 0
+    assert "s, on no calibration text" in capsys.readouterr().out
+    card, report = (out / "README.md").read_text(), (out / "report.html").read_text()
+    assert "looked at no calibration text" in card and "Calibrated on" not in card
+    assert "calibrated on" not in report and "on no calibration text" in report
 
 
 def test_notes_on_what_has_no_effect_and_on_a_class_of_its_own():

@@ -1,7 +1,10 @@
 """Killed with -9 at any moment and resumed, a run ends with the same bits as one that was left alone."""
 
+import dataclasses
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +18,12 @@ from tiny_runs import assert_same_run, files_of, model_with_dropout, read_metric
 
 from graftlm import cli
 from graftlm.configuring import dump_yaml
+from graftlm.errors import UserError
+from graftlm.identity import SETTINGS, settings_of
 from graftlm.training import run_trainer
 from graftlm.training.config import RunConfig
 from graftlm.training.run import train_one
+from graftlm.training.run_folder import check_same_config
 
 # Processes are forked from one that has imported everything and trained nothing: a start costs no seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -126,6 +132,57 @@ def test_changed_settings_are_refused(whole, tmp_path, capsys):
     assert "learning_rate was 0.001 and is now 0.0001" in shown
     assert shown.count("\n") == 1
     assert files_of(reference) == before
+
+
+def test_what_lies_elsewhere_is_the_same(whole, model, tmp_path, monkeypatch):
+    """Files that were moved, or copied, and settings that change no weight, do not keep a run from going on."""
+    reference, _ = whole("full")
+    config = make_config(tmp_path, "full", model)
+
+    class Interrupted(run_trainer.RunTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 5:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("graftlm.training.run.RunTrainer", Interrupted)
+        train_one(config)
+    moved = Path(config.data[0].path).rename(tmp_path / "moved.jsonl")
+    copied = shutil.copytree(model, tmp_path / "copied")
+    sources = (dataclasses.replace(config.data[0], path=str(moved)),)
+    changes = {"data": sources, "model": str(copied), "save_steps": 5, "cache_dir": str(tmp_path / "new_cache")}
+    train_one(dataclasses.replace(config, **changes), resume=True)
+    assert read_metrics(tmp_path / "run") == read_metrics(reference)
+
+
+def test_other_files_are_refused(tmp_path):
+    config = tiny_config(tmp_path, model=model_with_dropout(tmp_path / "model"))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_yaml(config))
+    other, path = tmp_path / "other", Path(config.data[0].path)
+    shutil.copytree(config.model, other)
+
+    def given(path, **changes):
+        return dataclasses.replace(config, data=(dataclasses.replace(config.data[0], path=str(path), **changes),))
+
+    same = shutil.copy(path, tmp_path / "same.jsonl")
+    check_same_config(given(same), run)
+    check_same_config(dataclasses.replace(config, model=str(other)), run)
+    (other / "model.safetensors").write_bytes(b"other")
+    text = shutil.copy(path, tmp_path / "same.txt")  # the same bytes, read as one document
+    (tmp_path / "less.jsonl").write_text('{"text": "less"}')
+    others = [given(text), given(tmp_path / "less.jsonl"), given(same, weight=2.0)]
+    for changed in (*others, dataclasses.replace(config, model=str(other))):
+        with pytest.raises(UserError, match="a resumed run keeps its settings"):
+            check_same_config(changed, run)
+    # Of a comparison's run, what was there is known after it has gone.
+    (run / SETTINGS).write_text(json.dumps(settings_of(config)))
+    Path(config.model).rename(tmp_path / "gone")
+    check_same_config(dataclasses.replace(config, model=str(tmp_path / "gone")), run)
+    with pytest.raises(UserError, match="a resumed run keeps its settings"):
+        check_same_config(dataclasses.replace(config, model=str(other)), run)
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(whole, model, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,9 +25,11 @@ from tiny_runs import (
 )
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from graftlm import cli
 from graftlm.configuring import dump_yaml, load_config
 from graftlm.errors import UserError
 from graftlm.models import load_model, load_tokenizer, save_model
+from graftlm.reporting import nextsteps
 from graftlm.training import finishing, run
 from graftlm.training.config import DistributedConfig, SourceConfig
 from graftlm.training.data import prepare_data
@@ -120,6 +123,9 @@ def test_stages(folder):
         assert stage.keys() >= STAGE
         assert stage["eval_loss_before_fusion"] == stage["eval_loss_after_fusion"] < stage["eval_loss_start"]
         assert stage["effective_k"] == {"heads": 0.5, "channels": 0.125}
+        assert stage["moved"].keys() == {"v", "o", "gate", "up", "down", "all"}
+        assert stage["moved"]["all"]["operator"] > 0 < stage["moved"]["all"]["own"] < stage["moved"]["all"]["weight"]
+        assert 0 < stage["multiplier"]["lowest"] <= stage["multiplier"]["highest"]
         for kind, size in (("heads", 1), ("channels", 24)):
             assert stage[kind].keys() == {"0", "1", "2", "3"}
             for sets in stage[kind].values():
@@ -341,8 +347,8 @@ def test_the_same_data_from_elsewhere(tmp_path):
             assert train_one(other, resume=True)["steps"] == 4
 
 
-def test_a_model_with_code_of_its_own(tmp_path):
-    """Reopened at the end as it was opened, with its code."""
+def test_a_model_with_code_of_its_own(tmp_path, capsys):
+    """Reopened at the end as it was opened, with its code; and so by the commands that are printed then."""
     model, folder = load_model("tiny-llama"), tmp_path / "model"
     save_model(model, load_tokenizer("tiny-llama"), folder)
     (folder / "own.py").write_text(
@@ -354,7 +360,12 @@ def test_a_model_with_code_of_its_own(tmp_path):
     code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     told |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": code}
     (folder / "config.json").write_text(json.dumps(told))
-    run_briefly(tmp_path / "run", model=str(folder), method="full", trust_remote_code=True)
+    _, done = run_briefly(tmp_path / "run", model=str(folder), method="full", trust_remote_code=True)
+    told = [shlex.split(command)[1:] for _, command in nextsteps.commands(done)]
+    assert [cli.parse(words).trust_remote_code for words in told] == [True] * 3
+    assert cli.main([*told[0], "--max-new-tokens", "1"]) == 0
+    assert cli.main([word for word in told[0] if word != "--trust-remote-code"]) == 2
+    assert "give --trust-remote-code" in capsys.readouterr().err
 
 
 def test_plain_training_of_a_family_that_apex_does_not_know(tmp_path):

@@ -1,6 +1,7 @@
 """Pruning and training in turn: sizes, steps, one schedule and one order of data over all phases."""
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny_runs import model_with_dropout
 from tiny_shrinks import ORIGINAL, assert_same_tensors, quiet_shrink, read_lines, tiny_shrink
@@ -25,7 +27,9 @@ from graftlm.pruning.calibration import calibration_from
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shrink.config import load_shrink
 from graftlm.pruning.shrink.dry_run import dry_run
-from graftlm.pruning.shrink.phases import default_interleaves, ends_of, phases_of, sizes_of
+from graftlm.pruning.shrink.phase_pruning import prune_settings
+from graftlm.pruning.shrink.phases import Phase, default_interleaves, ends_of, phases_of, sizes_of
+from graftlm.pruning.shrink.run import run_shrink
 from graftlm.pruning.targets import find_target
 from graftlm.training.config import DistillationConfig
 from graftlm.training.data import prepare_data
@@ -190,6 +194,33 @@ def test_apex_begins_anew_in_every_phase(tmp_path):
         assert stages == [0, 0, 1, 1]
 
 
+def test_no_two_phases_of_any_trials_draw_the_same(tmp_path):
+    """Else trial 1's first phase would measure on what trial 0's second has measured on."""
+    seeds = []
+    for trial in (0, 1, 2):
+        task = tiny_shrink(tmp_path, prune={"seed": trial})
+        phases = [Phase(number, parameters=1000, first=0, end=1) for number in (1, 2, 3)]
+        own = [prune_settings(task, phase, 3).seed for phase in phases]
+        assert own[0] == trial  # a shrink of one phase draws what its seed says
+        seeds += own
+    assert len(set(seeds)) == 9
+
+
+def test_the_uniform_control_is_named(tmp_path):
+    told = io.StringIO()
+    task = tiny_shrink(tmp_path, interleaves=1, max_steps=1, prune={"amplitude": 0.5})
+    summary = run_shrink(task, console=Console(file=told, width=200))
+    assert any(shape != summary["shapes"][0] for shape in summary["shapes"])
+    command = f"graftlm shrink {task.folder}/config.yaml prune.uniform=true output_dir={task.folder}-uniform"
+    assert f"compare it with its uniform control: {command}" in told.getvalue().replace("\n", " ")
+    words = command.split()[2:]
+    control = load_shrink(words[0], words[1:])  # the command as it stands
+    assert control.prune.uniform and control.settings.target_parameters == task.settings.target_parameters
+    told = io.StringIO()
+    uniform = run_shrink(control, console=Console(file=told, width=200))
+    assert uniform["parameters"] <= task.settings.target_parameters and "uniform control" not in told.getvalue()
+
+
 def test_one_interleave_prunes_first_and_then_trains(tmp_path):
     summary = quiet_shrink(tiny_shrink(tmp_path, interleaves=1, target_parameters=None, sparsity=0.3, max_steps=4))
     [phase] = summary["phases"]
@@ -237,6 +268,24 @@ def test_a_mistake_can_be_mended_where_nothing_was_pruned_yet(tmp_path):
     assert (tmp_path / "run/phases.json").exists()
     summary = quiet_shrink(tiny_shrink(tmp_path, interleaves=1, max_steps=1))
     assert len(summary["phases"]) == 1
+
+
+def test_what_lies_elsewhere_is_the_same(tmp_path):
+    task = tiny_shrink(tmp_path, interleaves=1, max_steps=1)
+    summary = quiet_shrink(task)
+    moved = Path(task.settings.data[0].path).rename(tmp_path / "moved.jsonl")
+
+    def given(path, weight=None, **train):
+        source = dataclasses.replace(task.settings.data[0], path=str(path), weight=weight)
+        again = tiny_shrink(tmp_path, interleaves=1, max_steps=1, data=(source,), train=train)
+        Path(task.settings.data[0].path).unlink()  # tiny_shrink has written it once more
+        return again
+
+    assert quiet_shrink(given(moved, save_steps=7, cache_dir=str(tmp_path / "new"))) == summary
+    with pytest.raises(UserError, match=r"data was .* and is now"):
+        quiet_shrink(given(moved, weight=2.0))
+    with pytest.raises(UserError, match=r"train\.learning_rate was"):
+        quiet_shrink(given(moved, learning_rate=0.5))
 
 
 def test_only_one_at_a_time(tmp_path):
@@ -325,9 +374,11 @@ def test_pruning_sees_no_document_that_is_held_out(tmp_path):
 
 def test_dry_run_counts_what_pruning_sees(tmp_path):
     def seconds(**prune):
-        return dry_run(tiny_shrink(tmp_path, prune={"iterations": None, **prune}))["phases"][0]["prune_seconds"]
+        phase = dry_run(tiny_shrink(tmp_path, prune={"iterations": None, **prune}))["phases"][0]
+        return phase["prune_seconds"] / phase["seconds"]  # each has measured a step of its own
 
     once = seconds(method="flap")
+    assert seconds(method="random") == 0
     assert seconds(method="sheared") > 20 * once  # its default is 100 steps
     assert seconds(method="llm-pruner", heads_by="loss") > 1.5 * seconds(method="llm-pruner")
 
@@ -339,6 +390,7 @@ def test_dry_run_tells_sizes_steps_time_and_memory(tmp_path, capsys):
     assert told["phases"][-1]["parameters"] == 160_000
     assert told["tokens"] == 12 * 4 * 64
     assert told["seconds"] > 0
+    assert all(phase["calibration_tokens"] == 2 * 4 * 64 for phase in told["phases"])
     assert told["peak_memory_bytes"] > 4 * 4 * ORIGINAL  # weights, gradients, two moments
     shown = capsys.readouterr().out
     assert "7 to 12" in shown

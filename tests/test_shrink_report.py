@@ -53,6 +53,17 @@ def test_report(shrunk):
     assert "http" not in text.replace("https://", "http").split("<pre>")[0].split("src=")[0]
 
 
+def test_a_sliced_model_is_drawn_by_its_layers_parameters(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("graftlm.reporting.pruning.plot_whole_layers", lambda *given: drawn.append(given))
+    changes = {"prune": {"method": "slicegpt", "iterations": None, "samples": 8}, "interleaves": 1, "max_steps": 1}
+    quiet_shrink(tiny_shrink(tmp_path, **changes))
+    write_report(tmp_path / "run")
+    now, before, _ = drawn[-1]
+    assert before == read_json(tmp_path / "run/summary.json")["original_layer_parameters"]
+    assert sum(now) < 0.9 * sum(before)
+
+
 def test_curves_step_where_a_phase_prunes(shrunk):
     summary = read_json(shrunk / "summary.json")
     run = _as_one_run(read_run(shrunk), load_shrink(shrunk / "config.yaml"), summary)
@@ -84,6 +95,8 @@ def test_report_on_other_folders(shrunk, tmp_path):
     write_json(tmp_path / "comparison.json", {})
     with pytest.raises(UserError, match="is a comparison, whose report graftlm compare writes"):
         report_on(tmp_path)
+    with pytest.raises(UserError, match="is a file; name the folder"):
+        report_on(tmp_path / "comparison.json")
     with pytest.raises(UserError, match="no such folder"):
         report_on(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no phases\.json"):

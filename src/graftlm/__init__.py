@@ -3,6 +3,7 @@
 from graftlm import Apex, ApexConfig, ApexTrainer, ApexSFTTrainer
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,12 @@ _HOME = {
     "ApexTrainer": "graftlm.training.trainer",
     "UserError": "graftlm.errors",
 }
+
+# Before anything imports peft: with it comes bitsandbytes, which says at every start that a kernel for 4-bit weights is
+# missing, and nothing here has such weights.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,8 @@ def state_of(apex: "Apex") -> dict[str, Tensor]:
         for key, panel in expansion.raw.items():
             weight = apex.model.get_parameter(key.partition(":")[0])
             state[f"raw.{key}"] = panel_over_shards(panel, weight)
+        for key, rows in expansion.start.items():
+            state[f"start.{key}"] = panel_over_shards(rows, apex.model.get_parameter(key.partition(":")[0]))
     return state
 
 
@@ -50,12 +52,14 @@ def load_state(apex: "Apex", state: Mapping[str, Tensor]) -> None:
     if apex.splitter is not None:
         apex.splitter.load_state(part("splitter."))
     apex.rates.multipliers = state["multipliers"].tolist()
-    raw = part("raw.")
+    raw, start = part("raw."), part("start.")
     apex.choices = {}
     for expansion in apex.expansions:
         name = expansion.block.name
         apex.choices[name] = expansion.choice = Choice(**part(f"choice.{name}."))
         expansion.raw = {k: local(raw[k]).to(expansion.device) for k in expansion.raw_keys()}
+        kept = [mixed.piece.key for mixed in expansion.mixed() if mixed.piece.key in start]  # none in older states
+        expansion.start = {k: local(start[k]).to(expansion.device) for k in kept}
     if apex.slices is not None:
         apex.slices.choose(apex.choices, apex.sizes)
     apex.container.load_state_dict(part("container."))

@@ -25,7 +25,7 @@ from graftlm.anatomy import Anatomy, Kind, read_anatomy
 from graftlm.apex_config import ApexConfig
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
-from graftlm.files import atomic_path, write_json
+from graftlm.files import atomic_path, check_folder, write_json
 from graftlm.held_out import mean_loss
 from graftlm.masking import masked
 from graftlm.models import check_vocabulary, load_model, load_tokenizer
@@ -79,6 +79,7 @@ def assess(
     max_length: int = 1024,
     mask: float | None = None,
     prune_sensitivity: float | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Assess `model` (and `compare`) on `samples` sequences of `data`, spread evenly over it; returns `out`.
 
@@ -89,14 +90,17 @@ def assess(
     groups and channels of one layer at a time, the least important to pruning, without which the loss is measured on
     those other sequences.
 
-    Raises UserError for models and data that cannot be opened or assessed; `out` then has no assessment.json.
+    Raises UserError for models and data that cannot be opened or assessed, and first for an `out` that cannot be
+    written; `out` then has no assessment.json.
     """
+    check_folder(out)
     names = [model] if compare is None else [model, compare]
     labels = names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names, 1)]
     found: list[Assessed] = []
     for name, label in zip(names, labels, strict=True):
         of_first = found[0].choices if found else None
-        found.append(_assess_one(name, label, data, samples, max_length, mask, prune_sensitivity, of_first))
+        settings = (samples, max_length, mask, prune_sensitivity)
+        found.append(_assess_one(name, label, data, *settings, of_first, trust_remote_code))
     out = Path(out)
     _save_activations(out / "activations.safetensors", found)
     plots = _plot(out / "plots", found)
@@ -121,13 +125,14 @@ def _assess_one(
     mask: float | None,
     prune_sensitivity: float | None,
     choices: dict[str, Choice] | None,
+    trust_remote_code: bool,
 ) -> Assessed:
     """`choices`: P and N whose subspaces are measured; None: the model's own."""
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     # Not packed: a sample is then a row.
     config = RunConfig(name, (SourceConfig(data),), packing=False, eval_fraction=0.0, max_length=max_length)
     prepared = prepare_data(config, tokenizer)
-    model = load_model(name)
+    model = load_model(name, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer)
     anatomy = read_anatomy(model)
     defaults = ApexConfig()

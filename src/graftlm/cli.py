@@ -4,8 +4,10 @@ Nothing heavy is imported before a verb runs, so that --help answers at once.
 """
 
 import argparse
+import difflib
 import errno
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -13,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from graftlm import verbs
+from graftlm import arguments, verbs
 from graftlm.errors import AgreedError, UserError
 from graftlm.pruning import cli as pruning
 
@@ -29,6 +31,10 @@ MODEL_HELP = "a folder, a Hub id, a .gguf file, or the built-in smollm2 or tiny-
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if message.startswith("argument VERB: invalid choice: "):
+            word = message.split("'")[1]
+            near = difflib.get_close_matches(word, re.findall("'([^']+)'", message)[1:], n=1)
+            message = f"{word}: no such verb" + (f" (did you mean {near[0]}?)" if near else "")
         self.exit(2, f"graftlm: {message}; see {self.prog} --help\n")
 
 
@@ -151,7 +157,7 @@ def make_parser() -> argparse.ArgumentParser:
     _config_arguments(plan)
     plan.add_argument(
         "--gpus",
-        type=_positive,
+        type=arguments.positive,
         metavar="N",
         help="plan for N GPUs, there or not, by distributed.strategy (default: this machine)",
     )
@@ -165,7 +171,7 @@ def make_parser() -> argparse.ArgumentParser:
         "graftlm plan CONFIG.yaml                  what the run will take",
     )
     _config_arguments(data)
-    data.add_argument("--count", type=_positive, default=3, metavar="N", help="sequences to show (default 3)")
+    data.add_argument("--count", type=arguments.positive, default=3, metavar="N", help="sequences to show (default 3)")
 
     assess = verb(
         "assess",
@@ -180,13 +186,18 @@ def make_parser() -> argparse.ArgumentParser:
     assess.add_argument("--data", required=True, metavar="FILE", help="text or conversations to run it on")
     assess.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     assess.add_argument("--compare", metavar="MODEL2", help="a second model of the same shape, e.g. after training")
-    assess.add_argument("--samples", type=_positive, default=256, metavar="N", help="sequences to run (default 256)")
     assess.add_argument(
-        "--max-length", type=_positive, default=1024, metavar="L", help="tokens a sequence (default 1024)"
+        "--samples", type=arguments.positive, default=256, metavar="N", help="sequences to run (default 256)"
     )
-    assess.add_argument("--mask", type=_share, metavar="SHARE", help="mask the top, lowest and random SHARE, e.g. 0.1")
+    assess.add_argument(
+        "--max-length", type=arguments.positive, default=1024, metavar="L", help="tokens a sequence (default 1024)"
+    )
+    assess.add_argument(
+        "--mask", type=arguments.share, metavar="SHARE", help="mask the top, lowest and random SHARE, e.g. 0.1"
+    )
     alone = "the loss without SHARE of one layer, for each layer (0.5)"
-    assess.add_argument("--prune-sensitivity", type=_share, metavar="SHARE", help=alone)
+    assess.add_argument("--prune-sensitivity", type=arguments.share, metavar="SHARE", help=alone)
+    _code_argument(assess)
 
     evaluate = verb(
         "eval",
@@ -226,27 +237,29 @@ def make_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--limit",
-        type=_positive,
+        type=arguments.positive,
         metavar="N",
         help="N questions a task, always the same; the first N documents of a text",
     )
     evaluate.add_argument(
         "--seed", type=int, default=1234, metavar="S", help="of the questions chosen, shots, sampling (default 1234)"
     )
-    evaluate.add_argument("--max-length", type=_positive, metavar="L", help="tokens of context (default: the model's)")
-    evaluate.add_argument("--batch-size", type=_positive, default=1, metavar="B", help="sequences a pass (default 1)")
+    evaluate.add_argument(
+        "--max-length", type=arguments.positive, metavar="L", help="tokens of context (default: the model's)"
+    )
+    evaluate.add_argument(
+        "--batch-size", type=arguments.positive, default=1, metavar="B", help="sequences a pass (default 1)"
+    )
     evaluate.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="the weights' (default float32)"
     )
-    evaluate.add_argument(
-        "--trust-remote-code", action="store_true", help="let code run that comes with the model (default: no)"
-    )
+    _code_argument(evaluate)
     evaluate.add_argument("--log-samples", action="store_true", help="keep what became of every question")
     evaluate.add_argument(
         "--allow-code-execution", action="store_true", help="for humaneval: run, contained, programs the model wrote"
     )
     evaluate.add_argument(
-        "--code-samples", type=_positive, metavar="N", help="humaneval: programs a problem (default 1)"
+        "--code-samples", type=arguments.positive, metavar="N", help="humaneval: programs a problem (default 1)"
     )
     evaluate.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="where the numbers go")
 
@@ -261,11 +274,12 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     generate.add_argument("prompt", metavar="PROMPT", help="text to go on from")
     generate.add_argument(
-        "--max-new-tokens", type=_positive, default=128, metavar="N", help="stop after N (default 128)"
+        "--max-new-tokens", type=arguments.positive, default=128, metavar="N", help="stop after N (default 128)"
     )
     generate.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
     )
+    _code_argument(generate)
     generate.add_argument("--no-chat", action="store_true", help="the bare prompt, without the chat template")
 
     report = verb(
@@ -302,7 +316,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     settings = "a YAML file, then settings that override it, e.g. seeds=[0,1] base.max_steps=200"
     compare.add_argument("settings", nargs="+", metavar="CONFIG.yaml key=value", help=settings)
-    compare.add_argument("--minutes", type=_positive_number, metavar="M", help="run what fits into M minutes")
+    compare.add_argument("--minutes", type=arguments.positive_number, metavar="M", help="run what fits into M minutes")
     compare.add_argument("--dry-run", action="store_true", help="only list the runs, finished and open")
 
     pilot = verb(
@@ -318,12 +332,14 @@ def make_parser() -> argparse.ArgumentParser:
     _config_arguments(pilot)
     pilot.add_argument(
         "--minimum-effect",
-        type=_not_negative,
+        type=arguments.not_negative,
         metavar="NATS",
         help="a gain in held-out loss below this does not pay (default 0.002)",
     )
-    pilot.add_argument("--share", type=_share, metavar="S", help="of the run's tokens, for all pairs (default 0.05)")
-    pilot.add_argument("--pairs", type=_positive, metavar="N", help="at most N pairs, at least 3 (default 5)")
+    pilot.add_argument(
+        "--share", type=arguments.share, metavar="S", help="of the run's tokens, for all pairs (default 0.05)"
+    )
+    pilot.add_argument("--pairs", type=arguments.positive, metavar="N", help="at most N pairs, at least 3 (default 5)")
 
     verb(
         "env",
@@ -337,40 +353,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _code_argument(parser: argparse.ArgumentParser) -> None:
+    said = "let code run that comes with the model (default: no)"
+    parser.add_argument("--trust-remote-code", action="store_true", help=said)
+
+
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     settings = "a YAML config (optional with --model and --data), then settings that override it"
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml key=value", help=settings)
     parser.add_argument("--model", metavar="M", help=MODEL_HELP)
     parser.add_argument("--data", metavar="D", help="a file, a folder, or hub:OWNER/NAME")
     parser.add_argument("--output-dir", metavar="O", help="the run folder")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
-
-
-def _positive_number(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{value} must be above 0")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{value} must not be negative")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be between 0 and 1, e.g. 0.1")
-    return value
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import sys
 import textwrap
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from graftlm.apex_config import PRESETS, ApexConfig
 from graftlm.files import write_text
@@ -91,17 +91,19 @@ def field_docs(kind: type[Any]) -> dict[str, tuple[str, str]]:
 
 def _section(title: str, kind: type[Any], prefix: str) -> str:
     docs = field_docs(kind)
-    lines = [f"## {title}", "", (kind.__doc__ or "").split("\n")[0], ""]
+    introduction = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0]
+    lines = [f"## {title}", "", " ".join(introduction.split()), ""]
     lines += ["| key | what may stand there | default | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(kind):
         annotation, text = docs[field.name]
-        cells = [f"`{prefix}{field.name}`", _type(annotation), _default(field), text]
+        cells = [f"`{prefix}{field.name}`", _type(annotation, kind), _default(field), text]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _type(annotation: str) -> str:
-    """An annotation in the words of YAML: `Literal['a', 'b'] | None` -> a, b or null."""
+def _type(annotation: str, owner: type[Any]) -> str:
+    """An annotation of a field of `owner` in the words of YAML: `Literal['a', 'b'] | None` -> a, b or null; names that
+    stand for a Literal are resolved where `owner` was defined."""
     tree = ast.parse(annotation, mode="eval").body
     words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "None": "null"}
     words |= {kind.__name__: f"mapping, see {title} below" for title, kind, _ in SECTIONS}
@@ -117,7 +119,11 @@ def _type(annotation: str) -> str:
             if ast.unparse(node.value) == "tuple":
                 return f"list of: {read(inner[0])}"
             return f"mapping to: {read(inner[-1])}"
-        return words.get(ast.unparse(node), ast.unparse(node))
+        name = ast.unparse(node)
+        alias = vars(sys.modules[owner.__module__]).get(name)
+        if get_origin(alias) is Literal:
+            return ", ".join(f"`{value}`" for value in get_args(alias))
+        return words.get(name, name)
 
     return read(tree)
 

@@ -16,6 +16,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from graftlm.apex_config import ApexConfig, apply_preset
 from graftlm.errors import UserError
 from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.whose_config import check_verb
 from graftlm.yaml_nodes import (
     COMMAND_LINE,
     child_of,
@@ -54,6 +55,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), **given:
     """
     file = None if path is None else str(path)
     root = parse_file(file)
+    check_verb(root, RunConfig)
     for key, value in given.items():
         if value is not None:
             plain = parse_yaml(yaml.safe_dump(value if isinstance(value, list | dict) else str(value)), COMMAND_LINE)
@@ -69,6 +71,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), **given:
 def load_dataclass(path: str | Path, kind: type[Any], overrides: Sequence[str] = ()) -> Any:
     """Read another config dataclass in the same way. A field of type Node keeps its part of the file unread."""
     root = parse_file(str(path))
+    check_verb(root, kind)
     _normalise_sources(root)
     for keys, node in _read_overrides(overrides):
         _assign(root, keys, node)

@@ -23,9 +23,21 @@ def file_content(path: Path) -> str:
     return _read(path, stat.st_size, stat.st_mtime_ns)
 
 
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, as other programs print it, read once as long as its size and time stay."""
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
 def digest(parts: Iterable[object]) -> str:
     """Hash of JSON values."""
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:20]
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(file: Path, size: int, time: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @functools.lru_cache(maxsize=4096)

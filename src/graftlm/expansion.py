@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from graftlm.advantage import Choice
 from graftlm.anatomy import Block
+from graftlm.movement import some_rows
 from graftlm.operators import stacked
 from graftlm.panels import Place, add_all, local, put_all, take_all
 from graftlm.ties import Piece, Tie
@@ -47,6 +48,8 @@ class Expansion:
         self._placed: dict[str, _Placed] = {}
         self.raw: dict[str, Tensor] = {}
         """Raw panels: "<parameter>:n", and ":p" where diagonals change P too; the model holds the effective ones."""
+        self.start: dict[str, Tensor] = {}
+        """Some rows of each piece's N as the stage found them (movement.py), by the piece's key."""
         self.sliced = False
         """Only slices train. They know the raw values, and panels are kept in float32 at least, as slices are."""
 
@@ -109,6 +112,7 @@ class Expansion:
         self.raw = {}
         for mixed in self.mixed():
             remember([mixed])
+        self.start = {mixed.piece.key: some_rows(mixed.raw_n()) for mixed in self.mixed()}
 
     def restore(self) -> None:
         """Put raw weights into the model, for the optimizer to step on."""
@@ -122,7 +126,7 @@ class Expansion:
 
     def end(self) -> None:
         """Fusion (eq. 14): the model already holds W~, so forgetting the raw weights is all; not a bit changes."""
-        self.raw = {}
+        self.raw, self.start = {}, {}
         self.choice = None
 
 

@@ -1,13 +1,14 @@
 """Writing that survives a kill: to a temporary name, fsync, rename."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ UNFINISHED = ".unfinished-"
 """Part of the name of everything that is being written."""
 OLD = ".old"
 """The end of the name of a folder that is being replaced."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system says that has no locks (some that several machines share)."""
 
 
 def _fsync(path: Path) -> None:
@@ -115,16 +118,57 @@ def remove_unfinished(folder: str | os.PathLike[str], name: str = "*") -> None:
             left.unlink()
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise UserError where `path` cannot become a file: now rather than when there is something to lose."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file in it, e.g. {path / 'results.json'}")
+    _check_writable(path)
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """As check_file, where `path` cannot become a folder."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; give a folder as --out")
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    """Beside `path`, in the folder that is there already: what is refused leaves no empty folders."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    with plain_disk_errors(path), tempfile.TemporaryFile(dir=there):
+        pass
+
+
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str], name: str = ".lock", *, busy: str | None = None) -> Iterator[None]:
     """Hold `folder`/`name`, a lock that the system takes back from a killed process. busy: what a UserError says while
-    another process has it; None: wait for that one."""
-    with (Path(folder) / name).open("w") as file:
+    another process has it; None: wait for that one. On a file system without locks it holds nobody back."""
+    with (Path(folder) / name).open("a") as file:  # not "w", which would change its time
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError as error:
             raise UserError(f"{folder}: {busy}") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
+
+
+def make_once(folder: str | os.PathLike[str], make: Callable[[], None]) -> None:
+    """Call `make`, which writes `folder` (atomic_folder), where that is missing. Of several processes one does; the
+    others wait for it."""
+    folder = Path(folder)
+    if folder.exists():
+        return
+    lock = f".{folder.name}.lock"
+    with plain_disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent, lock):
+            if not folder.exists():
+                make()
+            (folder.parent / lock).unlink(missing_ok=True)  # nobody asks for it any more: the folder is there
 
 
 def cache_root(given: str | None = None) -> Path:

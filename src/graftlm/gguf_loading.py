@@ -83,6 +83,16 @@ def _pre_tokenizer_name(file: Path) -> str | None:
     return None if field is None else str(field.contents())
 
 
+def architecture_of(file: Path) -> str | None:
+    """What `file` says its model is; None where it cannot be read."""
+    from gguf import GGUFReader
+
+    with contextlib.suppress(Exception):  # whatever a torn file makes the reader raise
+        field = GGUFReader(file).get_field("general.architecture")
+        return None if field is None else str(field.contents())
+    return None
+
+
 def _kept_folder(file: Path, kind: str) -> Path:
     key = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]
     return cache_root() / "gguf" / f"{file.stem}-{key}-{kind}"

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import logging
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
@@ -27,8 +28,8 @@ from transformers.utils import logging as transformers_logging
 
 from graftlm.chat_templates import read_chat_template
 from graftlm.errors import UserError
-from graftlm.files import atomic_folder, write_text
-from graftlm.gguf_loading import load_gguf_model, load_gguf_tokenizer, open_pretrained
+from graftlm.files import atomic_folder, read_json, write_text
+from graftlm.gguf_loading import architecture_of, load_gguf_model, load_gguf_tokenizer, open_pretrained
 from graftlm.tiny import build_tiny_model, build_tiny_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -186,6 +187,14 @@ def context_of(model: PreTrainedModel) -> int | None:
     return longest
 
 
+def needs_code(folder: str | Path) -> bool:
+    """Whether the model in `folder` opens here only with the Python code that lies in it (not so for our own classes).
+    False where there is no config."""
+    file = Path(folder) / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    return "auto_map" in config and not str(config.get("model_type")).startswith(tuple(OWN_CLASSES))
+
+
 def has_own_class(model: torch.nn.Module) -> bool:
     """Whether transformers alone has no class for `model`: its folder then holds a copy of ours (OWN_CLASSES)."""
     return str(getattr(model.config, "model_type", "")).startswith(tuple(OWN_CLASSES))
@@ -269,7 +278,10 @@ def _explain(error: Exception, name: str, source: Path | str) -> str:
         torn = _torn_file(source) if isinstance(source, Path) else None
         return f"{torn or name}: the weights are torn ({text}); download or save them again"
     if "custom code" in text or "trust_remote_code" in text:
-        return f"{name}: needs Python code that comes with the model; read it, then set trust_remote_code: true"
+        return (
+            f"{name}: needs Python code that comes with the model; read it, then give --trust-remote-code "
+            "(of a run: trust_remote_code: true)"
+        )
     if "couldn't connect" in text:
         return (
             f"{name}: no such folder here, and the Hugging Face Hub was not reached; check the name and the network "
@@ -284,7 +296,14 @@ def _explain(error: Exception, name: str, source: Path | str) -> str:
     if "ignore_mismatched_sizes" in text:
         return f"{name}: the weights have other shapes than config.json says; the two do not belong together"
     first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    first_line = textwrap.shorten(first_line, 300, placeholder=" ...")  # transformers lists all that it knows
     if isinstance(source, Path) and source.is_file():
+        unknown = any(words in text for words in ("Unrecognized", "does not recognize", "is not supported yet"))
+        if unknown and (architecture := architecture_of(source)) is not None:
+            return (
+                f"{name}: a GGUF file of architecture {architecture}, which transformers does not read; name the "
+                "folder that it was exported from (the file itself is for llama.cpp)"
+            )
         return f"{name}: cannot be read as GGUF ({first_line}); the file is torn or of an unknown kind"
     return f"{name}: cannot be opened: {first_line}"
 

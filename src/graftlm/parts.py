@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from graftlm.anatomy import Block, Matrix
+from graftlm.anatomy import Block, Matrix, decoder_layers
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ def parts_in(model: nn.Module, matrix: Matrix) -> Iterator[Part]:
 def count_parameters(model: nn.Module) -> int:
     """Of the whole model, embeddings included; what is tied counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def layer_parameters(model: nn.Module) -> list[int]:
+    """Parameters of every decoder layer, from outside in."""
+    return [count_parameters(layer) for layer in decoder_layers(model)[1]]
 
 
 def component_cost(model: nn.Module, block: Block) -> int:

@@ -21,15 +21,14 @@ def _config(args: argparse.Namespace) -> RunConfig:
     if not (files or args.model or args.data or overrides):
         raise UserError(f"{args.verb}: give CONFIG.yaml, or --model M --data D; see graftlm {args.verb} --help")
     given = {"model": args.model, "data": args.data, "output_dir": args.output_dir}
-    config = load_config(Path(files[0]) if files else None, overrides, **given)
-    args.run_folder = config.output_dir
-    return config
+    return load_config(Path(files[0]) if files else None, overrides, **given)
 
 
 def train(args: argparse.Namespace) -> None:
     if args.dry_run:
         return plan(args)
     config = _config(args)
+    args.run_folder = config.output_dir
     from graftlm.training import run
 
     run.train(config, resume=args.resume)
@@ -56,7 +55,7 @@ def data(args: argparse.Namespace) -> None:
 def assess(args: argparse.Namespace) -> None:
     from graftlm import assess as assessment
 
-    names = ("samples", "max_length", "mask", "prune_sensitivity")
+    names = ("samples", "max_length", "mask", "prune_sensitivity", "trust_remote_code")
     kwargs = {name: getattr(args, name) for name in names}
     assessment.assess(args.model, args.data, args.out, compare=args.compare, **kwargs)
 
@@ -77,7 +76,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     from graftlm import generation
 
-    kwargs = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    names = ("max_new_tokens", "temperature", "trust_remote_code")
+    kwargs = {name: getattr(args, name) for name in names}
     generation.generate(args.model, args.prompt, chat=False if args.no_chat else None, **kwargs)  # prints as it comes
 
 

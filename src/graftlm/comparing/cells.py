@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.comparing.config import Arm, Comparison, scaled_steps
-from graftlm.comparing.identity import key_of, settings_of
 from graftlm.comparing.results import Record, Results
+from graftlm.comparing.tasks import Tasks
+from graftlm.identity import key_of, settings_of
 from graftlm.stages import StageClock
 from graftlm.training.config import RunConfig
 
@@ -50,6 +51,7 @@ class Cells:
         self.results = results
         self.failed = failed
         """Whether a run (by key) has been tried in vain."""
+        self._tasks = Tasks.of(comparison.settings)
         self._made: dict[tuple[str, int, float, float, tuple[int, ...]], Cell] = {}
 
     def wanted(self) -> Iterator[Cell]:
@@ -80,6 +82,18 @@ class Cells:
         """Those of `wanted` that are neither finished nor tried in vain."""
         return [cell for cell in self.wanted() if self.record(cell) is None and not self.failed(cell.key)]
 
+    def later(self) -> int:
+        """How many runs cannot be named yet: those at a learning rate that is still to be chosen, and those whose
+        learning rate follows stages that are still to be seen."""
+        count, multiples = 0, [one for one in self.comparison.settings.plain_multiples if one != 1]
+        for arm in self.comparison.arms:
+            chosen = self.chosen_rate(arm)
+            for seed in self.comparison.settings.seeds:
+                asked: list[tuple[float | None, float]] = [(rate, 1.0) for rate in self.rates(arm, seed) or (None,)]
+                asked += [(chosen, multiple) for multiple in multiples if arm.matched is None]
+                count += sum(rate is None or self.cell(arm, seed, rate, multiple) is None for rate, multiple in asked)
+        return count
+
     def run_folder(self, cell: Cell) -> Path:
         return self.comparison.folder / "cells" / cell.folder
 
@@ -88,7 +102,7 @@ class Cells:
         if cell is None:
             return None
         record = self.results.get(cell.key, cell.settings)
-        if record is None or (cell.wants_tasks and not has_tasks(record, self.comparison)):
+        if record is None or (cell.wants_tasks and not self._tasks.answered(record["tasks"])):
             return None
         return record
 
@@ -145,12 +159,6 @@ class Cells:
             if (record := self.record(self.cell(followed, seed, rate))) is not None:
                 return tuple(record["stage_starts"])
         return None
-
-
-def has_tasks(record: Record, comparison: Comparison) -> bool:
-    """Whether a run has been evaluated on all tasks of the comparison, with as many questions."""
-    settings, tasks = comparison.settings, record["tasks"]
-    return set(settings.tasks) <= set(tasks.get("asked", ())) and tasks.get("limit") == settings.task_limit
 
 
 def planned_stage_starts(config: RunConfig) -> tuple[int, ...] | None:

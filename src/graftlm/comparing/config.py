@@ -24,6 +24,7 @@ SAME_FOR_ALL = (
     *("streaming", "max_steps", "num_train_epochs"),
 )
 """What decides where an arm starts, what it is trained on, in which order, and what it is measured on."""
+ONE_ORDER = "streaming: one source comes in the same order at every seed, so plain training is one run at all of them"
 OF_ANY_METHOD = ("distributed", "distillation", "reweighting", "dynamic_loading")
 """Sections of a config that are no method's own: plain training has a use for them."""
 NOT_IN_BASE = {
@@ -143,6 +144,8 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     notes = []
     if len(settings.seeds) < 3:
         notes.append(f"seeds {list(settings.seeds)}: too few for an interval, so none is given (at least 3)")
+    if len(settings.seeds) > 1 and one_order(base):
+        notes.append(f"{ONE_ORDER}, and no interval is given: leave streaming out of base for one")
     if base.selection_data == () and any(len(arm.learning_rates) > 1 for arm in arms):
         arms = [dataclasses.replace(arm, config=_halved(arm.config)) for arm in arms]
         notes.append("learning rates are chosen on one half of eval_data's documents, and the other half is reported")
@@ -237,6 +240,11 @@ def _halved(config: RunConfig) -> RunConfig:
         tuple(dataclasses.replace(source, half=half) for source in config.eval_data) for half in ("even", "odd")
     )
     return dataclasses.replace(config, selection_data=even, eval_data=odd)
+
+
+def one_order(config: RunConfig) -> bool:
+    """Whether the data come in the same order at every seed."""
+    return config.streaming and len(config.data) == 1
 
 
 def scaled_steps(steps: int, multiple: float) -> int:

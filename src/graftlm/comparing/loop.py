@@ -72,17 +72,24 @@ def run_open(
         console.print(f"{cell.title}: {told} ({len(todo())} known runs left)", highlight=False, soft_wrap=True)
 
 
-def print_plan(cells: Iterable[tuple[str, float | None, float | None]], notes: Iterable[str], console: Console) -> None:
-    """List runs: title, seconds that it took (None: to be run), seconds that it is guessed to take (None: unknown)."""
+def print_plan(
+    cells: Iterable[tuple[str, float | None, float | None]], notes: Iterable[str], console: Console, *, later: str = ""
+) -> None:
+    """List runs: title, seconds that it took (None: to be run), seconds that it is guessed to take (None: unknown).
+    later: of runs that cannot be named yet."""
     table = Table("run", "state", "about", header_style="bold")
-    left, total = 0, 0.0
+    left: list[float | None] = []
     for title, taken, guess in cells:
-        left += taken is None
-        total += guess or 0.0 if taken is None else 0.0
+        if taken is None:
+            left.append(guess)
         finished = taken is not None
         table.add_row(title, "finished" if finished else "to run", figures.duration(taken if finished else guess))
     console.print(table)
-    console.print(f"{left} to run, {figures.duration(total)} as far as known", highlight=False)
+    known = [guess for guess in left if guess is not None]
+    of_some = f" for {len(known)} of them" if len(known) < len(left) else ""
+    time_left = f", about {figures.duration(sum(known))}{of_some}" if known else ", time unknown" if left else ""
+    now = " now" if later else ""
+    console.print(f"{len(left)} to run{now}{time_left}{later}", highlight=False)
     for note in notes:
         console.print(f"note: {note}", highlight=False)
 

@@ -8,14 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
-from graftlm.comparing.identity import key_of, settings_of
+from graftlm.comparing.config import ONE_ORDER, one_order
 from graftlm.comparing.process import RunFailed, check_writable, discard, run_record
 from graftlm.comparing.results import Record
-from graftlm.comparing.statistics import FEWEST, LEVEL
+from graftlm.comparing.statistics import FEWEST, LEVEL, are_copies
 from graftlm.comparing.verdict import FASTER, MINIMUM_EFFECT, PAIRS, check, judge
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
-from graftlm.files import read_json, write_json
+from graftlm.files import locked, read_json, write_json
+from graftlm.identity import key_of, same_settings, settings_of
 from graftlm.reporting import figures
 from graftlm.training.config import RunConfig
 from graftlm.training.control import control_config
@@ -58,6 +59,8 @@ def plan_pilot(config: RunConfig, total_steps: int, *, share: float = SHARE, pai
         raise UserError("method: full is what a pilot compares with; give the method to try, e.g. method=apex")
     if config.dynamic_loading.every:
         raise UserError("dynamic_loading: a run's losses decide what it reads next, so no control could see the same")
+    if one_order(config):
+        raise UserError(f"{ONE_ORDER}, and pairs tell no more than one; try it without, on a part (data.limit)")
     if pairs < FEWEST:
         raise UserError(f"pairs: {pairs} give no interval; at least {FEWEST}")
     sequences = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -112,6 +115,11 @@ def pilot(
     plan = plan_pilot(config, planned_steps(config), share=share, pairs=pairs)
     folder = Path(f"{config.output_dir}-pilot")
     check_writable(folder)
+    with locked(folder, busy="another pilot is running there; wait, or give another output_dir"):
+        return _pilot(config, plan, folder, minimum_effect, console)
+
+
+def _pilot(config: RunConfig, plan: Plan, folder: Path, minimum_effect: float, console: Console) -> dict[str, Any]:
     gains: list[float] = []
     own: list[Record] = []
     records: list[Record] = []
@@ -127,6 +135,8 @@ def pilot(
         console.print(
             f"pair {len(gains)} of at most {plan.pairs}: gain {gains[-1]:+.4f} nats per token", highlight=False
         )
+        if are_copies([control["eval_loss_end"] for control in records[1::2]]):
+            break  # pairs that are copies of one another are no sample, however many
     if verdict.answer == "pays":
         console.print(f"ahead of plain training; is that more than {FASTER:g} times the rate gives?", highlight=False)
         faster = [
@@ -166,13 +176,15 @@ def text(report: Mapping[str, Any]) -> str:
     """The answer in one line."""
     name = figures.method_name(report["method"])
     said = {"pays": f"{name} pays", "does not": f"{name} does not pay", "undecided": f"{name}: undecided"}
-    low, high = report["interval"]
+    between = "no interval: plain training has the same loss, bit for bit, at all seeds"
+    if report["interval"] is not None:
+        between = "95% interval {:+.4f} to {:+.4f}".format(*report["interval"])
     checked = ""
     if report["over_faster"] is not None:
         ends = "{:+.4f} to {:+.4f}".format(*report["over_faster_interval"])
         checked = f", {report['over_faster']:+.4f} ({ends}) over plain training at {report['faster']:g} times the rate"
     return (
-        f"{said[report['answer']]}: gain {report['gain']:+.4f} nats per token (95% interval {low:+.4f} to {high:+.4f}, "
+        f"{said[report['answer']]}: gain {report['gain']:+.4f} nats per token ({between}, "
         f"minimum effect {report['minimum_effect']:g}) over {report['pairs']} pairs of {report['steps']} steps"
         f"{checked}, {report['share_used']:.1%} of the planned tokens"
     )
@@ -223,9 +235,12 @@ def _run(config: RunConfig, console: Console) -> Record:
     settings = settings_of(config)
     if kept.exists():
         found = read_json(kept)
-        if found["key"] == key_of(settings):
-            return dict(found["record"])
-        raise UserError(f"{kept}: is of a pilot with other settings; delete {kept.parent}, or give another output_dir")
+        if found["key"] != key_of(settings):
+            raise UserError(
+                f"{kept}: is of a pilot with other settings; delete {kept.parent}, or give another output_dir"
+            )
+        if same_settings(found["record"]["settings"], settings):
+            return dict(found["record"])  # else a default has changed since, and it is run again
     with console.status(kept.stem) as status:
         try:
             record = run_record(config, settings, say=lambda line: status.update(f"{kept.stem}: {line[:100]}"))

@@ -10,20 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftlm.comparing.identity import same_settings
 from graftlm.comparing.results import Record, record_of
 from graftlm.comparing.tasks import Tasks
 from graftlm.configuring import dump_yaml
 from graftlm.errors import UserError
 from graftlm.files import read_json, write_json, write_text
+from graftlm.identity import SETTINGS, same_settings
 from graftlm.reporting.rundata import read_run
 from graftlm.training.config import RunConfig
 from graftlm.training.control import start_training
 
 BIG = ("model", "checkpoints", "activations.safetensors")
 """What of a run folder is deleted when its figures are kept elsewhere."""
-SETTINGS = "settings.json"
-"""Of a run folder: identity.settings_of its config."""
 TIMER = "wall.json"
 """Of a run folder: seconds of its processes so far."""
 STREAMS: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

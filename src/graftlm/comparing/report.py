@@ -56,6 +56,7 @@ def headline(summary: dict[str, Any]) -> str:
     gap = arm["difference"]
     text = f"{arm['name']} minus {arm['matched']}: {signed(gap['mean'])} nats per token"
     if gap["t_interval"] is None:
-        return f"{text} ({gap['n']} seeds: too few for an interval)"
+        why = "too few for an interval" if gap["shown"] == "too few seeds" else "copies of one run"
+        return f"{text} ({gap['n']} seeds: {why})"
     words = {"lower": "lower loss", "higher": "higher loss"}.get(gap["shown"], gap["shown"])
     return f"{text} ({interval(gap['t_interval'])}): {words}"

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from graftlm.comparing.identity import same_settings
 from graftlm.errors import UserError
 from graftlm.files import locked, read_json, write_json
+from graftlm.identity import same_settings
 from graftlm.reporting.rundata import RunData
 
 FORMAT = 1
@@ -26,6 +26,8 @@ class Results:
         self._read()
 
     def _read(self) -> None:
+        if self.path.is_dir():
+            raise UserError(f"results: {self.path} is a folder; name a file in it, e.g. {self.path / 'results.json'}")
         if not self.path.exists():
             return
         content = read_json(self.path)

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from graftlm.comparing.cells import Cell, Cells
 from graftlm.comparing.config import load_comparison
-from graftlm.comparing.identity import settings_of
 from graftlm.comparing.loop import Say, alone, close, print_plan, run_open
 from graftlm.comparing.process import check_writable, discard, run_record, seconds_spent
 from graftlm.comparing.report import write_outputs
@@ -20,6 +19,8 @@ from graftlm.comparing.tables import print_tables
 from graftlm.comparing.tasks import Tasks
 from graftlm.environment import describe_environment, hardware
 from graftlm.errors import UserError
+from graftlm.files import check_file
+from graftlm.identity import settings_of
 from graftlm.reporting import figures
 from graftlm.yaml_nodes import child_of, parse_file
 
@@ -57,6 +58,7 @@ def compare(
     if any(cell.wants_tasks for cell in cells.open()):
         Tasks.of(comparison.settings).check()
     check_writable(comparison.folder)
+    check_file(comparison.results_path)  # now rather than when the first run is to be kept
     with alone(comparison.folder):
         run_cells(cells, failed, minutes, console)
         summary = summarise(comparison, cells, failed)
@@ -129,4 +131,7 @@ def _print_plan(cells: Cells, console: Console) -> None:
     for cell in cells.wanted():
         record: Record | None = cells.record(cell)
         rows.append((cell.title, record["wall_seconds"] if record else None, guesses.seconds(cell)))
-    print_plan(rows, cells.comparison.notes, console)
+    unchosen = any(cells.chosen_rate(arm) is None for arm in cells.comparison.arms)
+    once = "learning rates are chosen" if unchosen else "it is known when stages end"
+    later = f"; {count} more once {once}" if (count := cells.later()) else ""
+    print_plan(rows, cells.comparison.notes, console, later=later)

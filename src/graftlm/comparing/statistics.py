@@ -19,7 +19,7 @@ GRID = 2_001
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences, with two intervals (None under three pairs).
+    """The mean of paired differences, with two intervals (None under three pairs, and of copies of one run).
 
     t: Student's, exact for normal differences; the one that claims rest on. bootstrap: percentiles of resampled means
     (Efron and Tibshirani 1993, section 13.3), which with n pairs is narrower than t's by more than sqrt((n - 1) / n):
@@ -33,18 +33,25 @@ class Difference:
 
     @property
     def shown(self) -> str:
-        """What the t interval shows: `lower`, `higher`, `no difference shown`, or `too few seeds`."""
+        """What the t interval shows: `lower`, `higher`, `no difference shown`; without one `too few seeds`, or `no
+        interval` where the seeds change nothing."""
         if self.t_interval is None:
-            return "too few seeds"
+            return "too few seeds" if self.n < FEWEST else "no interval"
         low, high = self.t_interval
         return "lower" if high < 0 else "higher" if low > 0 else "no difference shown"
 
 
-def difference(differences: Sequence[float]) -> Difference:
-    """Mean and 95% intervals of paired differences, one a seed."""
+def are_copies(losses: Sequence[float]) -> bool:
+    """Whether runs of several seeds are one run several times: their losses are the same, bit for bit."""
+    return len(losses) > 1 and len(set(losses)) == 1
+
+
+def difference(differences: Sequence[float], *, copies: bool = False) -> Difference:
+    """Mean and 95% intervals of paired differences, one a seed. copies: of one run (are_copies), which are no sample:
+    no interval."""
     values = np.asarray(differences, dtype=np.float64)
     mean, n = float(values.mean()), len(values)
-    if n < FEWEST:
+    if n < FEWEST or copies:
         return Difference(n, mean, None, None)
     half = half_width(values, 1 - LEVEL)
     resampled = bootstrap(
@@ -75,7 +82,7 @@ class Needed:
     outside: str
     """`below`, `above`, or empty."""
     interval: tuple[float | None, float | None] | None
-    """None with fewer than three seeds."""
+    """None with fewer than three seeds, or where these are copies of one run."""
     smallest: float
     largest: float
 

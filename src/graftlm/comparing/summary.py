@@ -10,10 +10,10 @@ import numpy as np
 
 from graftlm.comparing.cells import Cells
 from graftlm.comparing.config import SAME_FOR_ALL, Arm, Comparison
-from graftlm.comparing.identity import same_settings
 from graftlm.comparing.results import Record
-from graftlm.comparing.statistics import difference, tokens_needed
+from graftlm.comparing.statistics import are_copies, difference, tokens_needed
 from graftlm.errors import UserError
+from graftlm.identity import same_settings
 from graftlm.reporting import figures
 
 FORMAT = 1
@@ -29,7 +29,7 @@ def summarise(comparison: Comparison, cells: Cells, failed: Mapping[str, str]) -
     runs = {arm.name: _runs(arm, cells) for arm in comparison.arms}
     for arm in comparison.arms:
         _check_pairs(arm, runs, notes)
-    curves = {arm.name: _plain_curve(arm, cells) for arm in comparison.controls}
+    curves = {arm.name: _plain_curve(arm, cells, notes) for arm in comparison.controls}
     arms = [_arm(arm, comparison, cells, runs, curves, notes) for arm in comparison.arms]
     if sum(arm.matched is not None for arm in comparison.arms) > 2:
         notes.append("each interval is for its own comparison: of 20 arms without any effect, one shows one on average")
@@ -105,6 +105,8 @@ def _arm(
     own = runs[arm.name]
     rate = cells.chosen_rate(arm)
     losses = {seed: record["eval_loss_end"] for seed, record in own.items()}
+    controls = list(runs[arm.matched].values()) if arm.matched else []
+    copies = are_copies([record["eval_loss_end"] for record in controls])
     entry: dict[str, Any] = {
         "name": arm.name,
         "method": arm.config.method,
@@ -118,7 +120,7 @@ def _arm(
             for key in ("tokens", "seconds", "peak_memory_bytes", "trainable_parameters", "trainable_fraction")
         },
         "curve": _mean_curve(list(own.values())),
-        "tasks": task_scores(own, runs[arm.matched] if arm.matched else {}),
+        "tasks": task_scores(own, runs[arm.matched] if arm.matched else {}, copies=copies),
     }
     if len(arm.learning_rates) > 1 and rate in (min(arm.learning_rates), max(arm.learning_rates)):
         notes.append(f"{arm.name}: the chosen learning rate {rate:g} is at the end of those tried; try further ones")
@@ -132,11 +134,17 @@ def _arm(
             f"{len(control.learning_rates)}: a part of the difference may come from that; give learning_rates at the "
             "top"
         )
-    entry["difference"] = paired_differences(losses, {seed: record["eval_loss_end"] for seed, record in other.items()})
+    if copies:
+        notes.append(
+            f"{control.name} has the same loss, bit for bit, at all seeds: they are copies of one run, and no interval "
+            "is given (streamed data come in the same order at every seed)"
+        )
+    other_losses = {seed: record["eval_loss_end"] for seed, record in other.items()}
+    entry["difference"] = paired_differences(losses, other_losses, copies=copies)
     if rate is not None and rate != cells.chosen_rate(control) and rate in control.learning_rates:
         at_rate = {seed: cells.record(cells.cell(control, seed, rate)) for seed in losses}
         entry["difference_at_same_rate"] = paired_differences(
-            losses, {seed: record["eval_loss_end"] for seed, record in at_rate.items() if record}
+            losses, {seed: record["eval_loss_end"] for seed, record in at_rate.items() if record}, copies=copies
         )
     paired = (entry["difference"] or {"n": 0})["n"]
     if 0 < paired < max(len(own), len(other)):
@@ -145,7 +153,7 @@ def _arm(
             f"of the same seeds; the difference is over the {paired} that both have"
         )
     entry["time_ratio"] = _time_ratio(arm.name, own, other, notes)
-    entry["needed"] = _needed(own, curves[control.name])
+    entry["needed"] = _needed(own, curves[control.name], copies=copies)
     return entry
 
 
@@ -169,12 +177,14 @@ def _rates(arm: Arm, cells: Cells) -> list[dict[str, Any]]:
     return rows
 
 
-def paired_differences(own: Mapping[int, float], other: Mapping[int, float]) -> dict[str, Any] | None:
-    """own - other, over the seeds that both have."""
+def paired_differences(
+    own: Mapping[int, float], other: Mapping[int, float], *, copies: bool = False
+) -> dict[str, Any] | None:
+    """own - other, over the seeds that both have. copies: as `statistics.difference`."""
     gaps = {seed: own[seed] - other[seed] for seed in own if seed in other}
     if not gaps:
         return None
-    found = difference(list(gaps.values()))
+    found = difference(list(gaps.values()), copies=copies)
     by_seed = {str(seed): gap for seed, gap in gaps.items()}
     return {**dataclasses.asdict(found), "shown": found.shown, "by_seed": by_seed}
 
@@ -194,8 +204,9 @@ def _time_ratio(
     return mean_by_seed(alike)
 
 
-def _plain_curve(control: Arm, cells: Cells) -> dict[str, Any] | None:
-    """Plain training at all multiples of its tokens, over the seeds that have them all; None without such a seed."""
+def _plain_curve(control: Arm, cells: Cells, notes: list[str]) -> dict[str, Any] | None:
+    """Plain training at all multiples of its tokens, over the seeds that have them all; None without such a seed, or
+    with fewer than two lengths. Multiples that come to as many tokens, as parts of a short epoch do, are one."""
     rate, multiples = cells.chosen_rate(control), sorted(cells.comparison.settings.plain_multiples)
     if rate is None or len(multiples) < 2:
         return None
@@ -204,22 +215,30 @@ def _plain_curve(control: Arm, cells: Cells) -> dict[str, Any] | None:
         records = [cells.record(cells.cell(control, seed, rate, multiple)) for multiple in multiples]
         if all(records):
             rows[seed] = [(record["tokens"], record["eval_loss_end"]) for record in records if record]
-    if not rows:
+    kept = [0]
+    for number in range(1, len(multiples)):
+        if all(row[number][0] > row[kept[-1]][0] for row in rows.values()):
+            kept.append(number)
+    if rows and len(kept) < len(multiples):
+        notes.append(f"{control.name}: some of plain_multiples come to as many tokens as others, and are left out")
+    if not rows or len(kept) < 2:
         return None
     return {
-        "multiples": multiples,
-        "tokens": {str(seed): [tokens for tokens, _ in row] for seed, row in rows.items()},
-        "losses": {str(seed): [loss for _, loss in row] for seed, row in rows.items()},
+        "multiples": [multiples[number] for number in kept],
+        "tokens": {str(seed): [row[number][0] for number in kept] for seed, row in rows.items()},
+        "losses": {str(seed): [row[number][1] for number in kept] for seed, row in rows.items()},
     }
 
 
-def _needed(own: Mapping[int, Record], curve: dict[str, Any] | None) -> dict[str, Any] | None:
+def _needed(own: Mapping[int, Record], curve: dict[str, Any] | None, *, copies: bool) -> dict[str, Any] | None:
     seeds = [seed for seed in own if curve is not None and str(seed) in curve["tokens"]]
     if curve is None or not seeds:
         return None
     losses = [own[seed]["eval_loss_end"] for seed in seeds]
     multiples = np.array([[n / own[seed]["tokens"] for n in curve["tokens"][str(seed)]] for seed in seeds])
     needed = tokens_needed(losses, multiples, np.array([curve["losses"][str(seed)] for seed in seeds]))
+    if copies:
+        needed = dataclasses.replace(needed, interval=None)
     return {**dataclasses.asdict(needed), "text": needed.text}
 
 
@@ -232,8 +251,8 @@ def _mean_curve(records: Sequence[Record]) -> dict[str, list[float]] | None:
     return {key: np.mean([curve[key] for curve in alike], axis=0).tolist() for key in ("tokens", "seconds", "loss")}
 
 
-def task_scores(own: Mapping[int, Record], other: Mapping[int, Record]) -> dict[str, Any]:
-    """Task -> its metric, mean over seeds and paired difference."""
+def task_scores(own: Mapping[int, Record], other: Mapping[int, Record], *, copies: bool = False) -> dict[str, Any]:
+    """Task -> its metric, mean over seeds and paired difference. copies: as `statistics.difference`."""
     found: dict[str, Any] = {}
     names = [name for record in own.values() for name in record["tasks"].get("results", {})]
     for name in dict.fromkeys(names):
@@ -248,7 +267,8 @@ def task_scores(own: Mapping[int, Record], other: Mapping[int, Record]) -> dict[
             }
             for some in (own, other)
         )
-        found[name] = {"metric": metric, **(mean_by_seed(mine) or {}), "difference": paired_differences(mine, theirs)}
+        gaps = paired_differences(mine, theirs, copies=copies)
+        found[name] = {"metric": metric, **(mean_by_seed(mine) or {}), "difference": gaps}
     return found
 
 

@@ -1,10 +1,13 @@
 """The tasks that a comparison evaluates its models on, by `graftlm eval`."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
+from graftlm.content import file_sha256
 from graftlm.errors import UserError
+from graftlm.evaluation.task_lists import CODE_SAMPLES, HUMANEVAL, LISTS
 
 
 class TaskSettings(Protocol):
@@ -47,10 +50,26 @@ class Tasks:
         words += ["--trust-remote-code"] * self.trust_remote_code
         return words + ["--allow-code-execution"] * self.allow_code_execution
 
+    def answered(self, kept: Mapping[str, Any]) -> bool:
+        """Whether a run's kept scores (Record's `tasks`) are of these tasks and shots, as many questions of each, and
+        the files that stand in the data folder now. What is not there to compare, such as a data set of the Hub, is
+        taken for the same."""
+        results, wanted = kept.get("results", {}), _words(self.asked)
+        missing = [
+            word
+            for word in wanted - _words(kept.get("asked") or ())
+            if word.shots is None or results.get(word.name, {}).get("shots") != word.shots
+        ]
+        if missing or kept.get("limit") != self.limit:
+            return False
+        names = {word.name for word in wanted}
+        # A name that is no result of its own is of a group's task.
+        used = [(name, told) for name, told in kept.get("data", {}).items() if name in names or name not in results]
+        return self.data_dir is None or all(_same_questions(name, told, Path(self.data_dir)) for name, told in used)
+
     def check(self) -> None:
         """Raise UserError for tasks that are unknown, without data or not allowed: before the first run, not after."""
         from graftlm.evaluation.humaneval import check_humaneval  # here: the harness takes seconds
-        from graftlm.evaluation.task_lists import HUMANEVAL
         from graftlm.evaluation.tasks import parse_tasks, prepare_tasks
 
         asked = parse_tasks(list(self.asked))
@@ -60,3 +79,32 @@ class Tasks:
             raise UserError(f"task_data_dir: {self.data_dir}: no such folder")
         if others := [one for one in asked if one.name != HUMANEVAL]:
             prepare_tasks(others, data_dir=self.data_dir, limit=self.limit)
+
+
+class _Word(NamedTuple):
+    name: str
+    shots: int | None
+    """None: the harness's own number."""
+    samples: int
+    """Programs a problem, where it writes any."""
+
+
+def _words(asked: Iterable[str]) -> set[_Word]:
+    """The tasks that names, lists of papers among them, stand for."""
+    asked = list(asked)
+    samples = max((CODE_SAMPLES.get(name, 1) for name in asked), default=1)
+    words = [word.partition(":") for name in asked for word in LISTS.get(name, [name])]
+    return {
+        _Word(name, int(shots) if shots.isdecimal() else None, samples if name == HUMANEVAL else 1)
+        for name, _, shots in words
+    }
+
+
+def _same_questions(task: str, told: Mapping[str, Any], folder: Path) -> bool:
+    """Whether nothing in `folder` says otherwise than `told`: the hashes of the files that were read, or the Hub."""
+    if "hub" in told:
+        from graftlm.evaluation.local_data import has_local  # here: it takes seconds
+
+        return not has_local(task, {"dataset_path": told["hub"], "dataset_name": told["name"]}, folder)
+    there = [(folder / name, digest) for name, digest in told.items() if (folder / name).is_file()]
+    return all(file_sha256(path) == digest for path, digest in there)

@@ -5,7 +5,6 @@ data (gsm8k and gsm8k_cot, the variants of mmlu and bbh) can be run from the sam
 """
 
 import functools
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from graftlm.content import file_sha256
 from graftlm.errors import UserError
 from graftlm.evaluation import rows
 from graftlm.training.data.readers import Row, read_file
@@ -92,6 +92,17 @@ def find_format(task: str, config: Mapping[str, Any]) -> LocalFormat | None:
     return found if found is not None and (not found.only or task in found.only) else None
 
 
+def has_local(task: str, config: Mapping[str, Any], data_dir: str | Path) -> bool:
+    """Whether `data_dir` has the questions of a stock task."""
+    form = find_format(task, config)
+    return form is not None and any((place / form.questions).is_file() for place in _places(form, data_dir))
+
+
+def _places(form: LocalFormat, data_dir: str | Path) -> list[Path]:
+    """Folders in which a data set may lie."""
+    return [Path(data_dir, part, folder) for part in ("", "eval") for folder in form.folders]
+
+
 def read_local(task: str, config: Mapping[str, Any], data_dir: str | Path, shots: int) -> LocalData:
     """The splits of a stock task from `data_dir`, with at least `shots` examples where the task needs any.
 
@@ -100,7 +111,7 @@ def read_local(task: str, config: Mapping[str, Any], data_dir: str | Path, shots
     """
     form = find_format(task, config)
     assert form is not None
-    places = [Path(data_dir, part, folder) for part in ("", "eval") for folder in form.folders]
+    places = _places(form, data_dir)
     found = [place for place in places if (place / form.questions).is_file()]
     if not found:
         looked = ", ".join(str(place / form.questions) for place in places)
@@ -116,7 +127,7 @@ def read_local(task: str, config: Mapping[str, Any], data_dir: str | Path, shots
             f"{task}: its shots need {shots} examples, {len(pool)} found; give {wanted}, or fewer shots ({task}:0)"
         )
     splits.setdefault(form.example_split, pool)
-    files = {str(path.relative_to(data_dir)): _sha256(path) for path in used}
+    files = {str(path.relative_to(data_dir)): file_sha256(path) for path in used}
     data = {name: Dataset.from_list(part) for name, part in splits.items()}
     return LocalData(data, files, tuple(_notes(form, splits[form.split])))
 
@@ -171,13 +182,3 @@ def _notes(form: LocalFormat, questions: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{without} of {len(questions)} questions have no context: far harder than the published task"
     if form.convert is rows.wikitext and any("<unk>" in row["page"] for row in questions):
         yield "rare words are <unk>: not comparable with perplexities on raw WikiText"
-
-
-@functools.lru_cache(maxsize=32)
-def _digest(path: Path, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    return _digest(path, path.stat().st_mtime_ns)

@@ -15,6 +15,7 @@ from graftlm.evaluation.harness import harness_model
 from graftlm.evaluation.request_cache import RequestCache
 from graftlm.models import context_of
 from graftlm.training.config import SourceConfig
+from graftlm.training.data.readers import check_characters
 from graftlm.training.data.sources import iterate_rows
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def _read_documents(path: str | Path, limit: int | None) -> list[str]:
         text = row.fields.get(source.text_field)
         if not isinstance(text, str):
             raise UserError(f"{row.where}: no text in the column {source.text_field}; perplexity needs one of strings")
+        check_characters(text, row.where)
         pieces.append(text)
         if row.last:
             documents.append("".join(pieces))

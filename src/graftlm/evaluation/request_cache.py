@@ -19,13 +19,14 @@ class RequestCache:
     """
 
     def __init__(self, path: str | Path, key: dict[str, Any]) -> None:
-        """Open `path`. What it holds is used if it was written with the same `key` (JSON values), else thrown away."""
+        """Read `path`. What it holds is used if it was written with the same `key` (JSON values); else the first answer
+        takes its place."""
         self.path = Path(path)
         self._answers: dict[str, list[Any]] = defaultdict(list)
         self._taken: Counter[str] = Counter()
         self._pending: list[str] = []
-        if not self._read(key):
-            write_text(self.path, json.dumps(key) + "\n")
+        self._first = "" if self._read(key) else json.dumps(key) + "\n"
+        """Of a new file, which comes with the first answer: what is refused before leaves none."""
 
     def __len__(self) -> int:
         """Answers that were there when the file was opened."""
@@ -52,6 +53,9 @@ class RequestCache:
 
     def flush(self) -> None:
         """Write what was added since the last time."""
+        if self._pending and self._first:
+            write_text(self.path, self._first)
+            self._first = ""
         if self._pending:
             with plain_disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(self._pending))

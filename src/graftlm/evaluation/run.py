@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from graftlm.content import file_sha256
 from graftlm.errors import UserError
 from graftlm.evaluation.evaluate import SEED, evaluate_tasks, prepare_multiple_choice
 from graftlm.evaluation.humaneval import check_humaneval, evaluate_humaneval
@@ -18,7 +19,7 @@ from graftlm.evaluation.perplexity import evaluate_perplexity
 from graftlm.evaluation.request_cache import RequestCache
 from graftlm.evaluation.task_lists import CODE_SAMPLES, HUMANEVAL
 from graftlm.evaluation.tasks import PreparedTasks, parse_tasks, prepare_tasks
-from graftlm.files import write_json
+from graftlm.files import check_file, write_json
 from graftlm.models import load_model, load_tokenizer
 from graftlm.training.data.cache import tokenizer_fingerprint
 
@@ -54,6 +55,7 @@ def run_evaluation(
     Raises UserError for anything that is missing, wrong or not allowed.
     """
     tasks, out = list(tasks), Path(out)
+    check_file(out)
     if not (tasks or multiple_choice or perplexity):
         raise UserError("eval: nothing to measure; give --tasks, --multiple-choice or --perplexity")
     for file in (*multiple_choice, *perplexity):
@@ -104,7 +106,7 @@ def run_evaluation(
         _add(report, {"results": {f"perplexity:{file}": result}})
     for file in (*multiple_choice, *perplexity):
         kind = "multiple_choice" if file in multiple_choice else "perplexity"
-        report["data"][f"{kind}:{file}"] = {Path(file).name: _sha256(Path(file).expanduser())}
+        report["data"][f"{kind}:{file}"] = {Path(file).name: file_sha256(Path(file).expanduser())}
     result = {
         **report,
         "model": model_name,
@@ -136,8 +138,3 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 def _add(report: dict[str, Any], part: dict[str, Any]) -> None:
     for name, values in part.items():
         report.setdefault(name, {}).update(values)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

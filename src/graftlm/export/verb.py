@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +53,7 @@ def add_verb(verb: Callable[..., Any], model_help: str) -> None:
         action=argparse.BooleanOptionalAction,
         help="run the file with llama.cpp, keep it only if it computes the same (default: if xllamacpp is installed)",
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -80,8 +80,8 @@ def _gguf(args: argparse.Namespace) -> None:
 
     if args.check and not llama_cpp.is_installed():
         raise UserError(f"export: --check needs xllamacpp, which is not installed: {llama_cpp.INSTALL}")
-    model = _load(args.model)
-    tokenizer = load_tokenizer(args.model)
+    model = _load(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     check_vocabulary(model, tokenizer)
     kind = args.quantize or {torch.bfloat16: "bf16", torch.float16: "f16"}.get(model.dtype, "f32")
     out = args.out or _default_file(args.model, kind)
@@ -121,6 +121,7 @@ def _gguf(args: argparse.Namespace) -> None:
 
 def _folder(args: argparse.Namespace) -> None:
     from graftlm.anatomy import is_per_layer
+    from graftlm.export.card import copied_card, padded_card
     from graftlm.models import load_tokenizer, save_model
     from graftlm.pruning.shapes import shapes_of
 
@@ -132,7 +133,7 @@ def _folder(args: argparse.Namespace) -> None:
         raise UserError("export: --out is the model's own folder; name another")
     if args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"export: --out {args.out} is there and not empty; name another folder, or delete it")
-    model = _load(args.model)
+    model = _load(args.model, args.trust_remote_code)
     model_type = str(model.config.model_type)
     stock = type(model).__module__.startswith("transformers.models.")
     if args.format == "stock" and not stock:
@@ -143,21 +144,24 @@ def _folder(args: argparse.Namespace) -> None:
         )
     if stock:
         print(f"{args.model} is a stock {model_type} checkpoint already; it is saved as it is")
+        card = copied_card(args.model)
     else:
         from graftlm.pruning.padding import padded
 
-        before = model.num_parameters()
+        before, shapes = model.num_parameters(), shapes_of(model)
         model = padded(model)
         shape = shapes_of(model)[0]
+        card = padded_card(args.model, shapes, shape, before, model.num_parameters())
         print(
             f"padded to {shape.num_attention_heads} heads, {shape.num_key_value_heads} groups and "
             f"{shape.intermediate_size} channels in every layer: {before:,} -> {model.num_parameters():,} parameters"
         )
-    save_model(model, load_tokenizer(args.model), args.out)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    save_model(model, tokenizer, args.out, card=card)
     print(f"{args.out}: opens with AutoModelForCausalLM, as model type {model.config.model_type}")
 
 
-def _load(name: str) -> Any:
+def _load(name: str, trust_remote_code: bool) -> Any:
     """The model in the number format that its weights are stored in, so that it takes no more memory than they do."""
     from transformers import PretrainedConfig
 
@@ -168,7 +172,8 @@ def _load(name: str) -> Any:
         with contextlib.suppress(OSError, ValueError), quiet_transformers():  # load_model says what is wrong
             stored: dict[str, Any] = PretrainedConfig.get_config_dict(name)[0]
             dtype = stored.get("dtype") or stored.get("torch_dtype")
-    return load_model(name, dtype=dtype if dtype in ("bfloat16", "float16") else "float32")
+    kept = dtype if dtype in ("bfloat16", "float16") else "float32"
+    return load_model(name, dtype=kept, trust_remote_code=trust_remote_code)
 
 
 def _default_file(model: str, kind: str) -> Path:
@@ -180,12 +185,10 @@ def _default_file(model: str, kind: str) -> Path:
 
 def licence_of(folder: Path) -> str | None:
     """What the model card in `folder` says its licence is."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license: *([^\s#]+)", head[1], re.MULTILINE) if head else None
-    return found[1].strip("'\"") if found else None
+    from graftlm.export.card import source_card
+
+    found = source_card(str(folder))[0].get("license")
+    return str(found) if isinstance(found, str) else None
 
 
 def _progress(done: int, tensors: int) -> None:

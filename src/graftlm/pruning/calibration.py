@@ -12,14 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from graftlm.demo import demo_config
 from graftlm.errors import UserError
-from graftlm.pruning.base import Batch
+from graftlm.pruning.base import TOKENS_A_PASS, Batch
 from graftlm.pruning.settings import PruneSettings
 from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.training.data import prepare_data
 
-TOKENS_A_PASS = 640
-"""Of one batch (or one sequence, if longer): what a backward pass keeps grows with it, about 1.5 MB a token for a model
-of 135 M parameters in float32."""
 POOL = 2**16
 """Sequences to draw from at most, spread evenly over the data."""
 HELD_OUT, HELD_OUT_SHARE = 64, 1 / 8
@@ -49,11 +46,6 @@ class TextCalibration:
     def held_out(self) -> list[Batch]:
         """The sequences held back; none where there were too few."""
         return self._batches(self.held_back)
-
-    @property
-    def size(self) -> str:
-        """What an iteration sees, to be said beside every time."""
-        return f"{self.samples} sequences of {self.length} tokens"
 
     def _batches(self, numbers: Sequence[int] | np.ndarray) -> list[Batch]:
         if not len(numbers):
@@ -86,7 +78,7 @@ def calibration_from(
     if not data:
         data = demo_config(Path("unused")).data
         notes = (
-            "no --data: calibrated on the demo's text, the source of Python's library; name text that you care about",
+            "no --data: measured on the demo's text, the source of Python's library; name text that you care about",
         )
     length = settings.sample_length
     # Not packed: a sequence is of one document. Every token counts, so a conversation need not reach an answer.

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from graftlm.models import has_own_class
 from graftlm.pruning.base import Pruned
 from graftlm.pruning.shapes import LayerShape, shapes_of
+from graftlm.pruning.ways import calibration_in_words, sequences_seen
 from graftlm.reporting import figures
 from graftlm.reporting.card import cell, code, front_matter, how_to_open, markdown_table
 
@@ -83,10 +84,13 @@ def _what_was_done(pruned: Pruned, base_model: str, data: str) -> str:
         f"{figures.duration(pruned.seconds)}"
     )
     text += f" and {steps} iteration{'' if steps == 1 else 's'}" if steps else ""
-    text += (
-        f". Calibrated on {settings.samples} sequences of {settings.sample_length} tokens"
-        f"{f' of {code(data)}' if data else ''}, drawn anew in each iteration (seed {settings.seed})."
-    )
+    if sequences_seen(settings):
+        text += (
+            f". Calibrated on {calibration_in_words(settings)}{f' of {code(data)}' if data else ''}, drawn anew in "
+            f"each step (seed {settings.seed})."
+        )
+    else:
+        text += f". It looked at no calibration text (seed {settings.seed})."
     if len(pruned.shapes) < len(pruned.original_shapes):
         text += f" {len(pruned.original_shapes) - len(pruned.shapes)} of {len(pruned.original_shapes)} layers went."
     elif len(set(pruned.shapes)) == 1:

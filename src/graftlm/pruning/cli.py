@@ -67,7 +67,7 @@ def _prune(verb: Verb, model_help: str) -> None:
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="authors-code: 512 calibration sequences; at-once: one step, 64 sequences, A = 1",
+        help="authors-code: 512 calibration sequences; at-once: one step, 64 sequences, A = 1, heads by loss",
     )
     parser.add_argument(
         "--width-multiple", type=int, metavar="N", help="channels of a layer are a multiple of N (GGUF Q8_0: 32)"
@@ -86,7 +86,7 @@ def _prune(verb: Verb, model_help: str) -> None:
         dest="exact",
         action="store_const",
         const=False,
-        help="a layer keeps int(n (1 - s)), whatever the sum, instead of meeting --sparsity exactly",
+        help="a layer keeps int(n (1 - s)), whatever the sum (slicegpt: of the hidden size, shortgpt: of the layers)",
     )
     parser.add_argument("--seed", type=int, metavar="S", help="of the calibration sequences (default 0)")
     parser.add_argument(

@@ -2,21 +2,17 @@
 
 from dataclasses import fields
 
-from graftlm.models import has_own_class
+from graftlm.anatomy import is_per_layer
 from graftlm.pruning.base import Pruned
-from graftlm.pruning.settings import DEFAULTS, METHODS, PruneSettings
-
-IN_STEPS = ("adapt", "llm-pruner", "minitron", "magnitude", "random", "wina")
-"""Methods whose layers may differ by importance: pruning.prune.iterate."""
-WHOLE = ("shortgpt", "slicegpt")
-"""Methods that take no components of a layer."""
+from graftlm.pruning.settings import DEFAULTS, PruneSettings
+from graftlm.pruning.ways import WAYS, layers_differ
 
 
 def notes_on(pruned: Pruned) -> tuple[str, ...]:
     """Of what came out, beside what its method says."""
     model, notes = pruned.model, list(pruned.notes)
     shape = pruned.shapes[0] if len(set(pruned.shapes)) == 1 else None
-    if shape is not None and not shape.output_biases and has_own_class(model):
+    if shape is not None and not shape.output_biases and is_per_layer(model.config):
         config = model.config.get_text_config()
         notes.append(
             f"all layers are alike, but transformers has no {type(config).__mro__[2].__name__} of "
@@ -31,13 +27,12 @@ def notes_on(pruned: Pruned) -> tuple[str, ...]:
 
 def unused(settings: PruneSettings) -> list[str]:
     """Settings that were given and that the method does not read."""
-    uniform = settings.method != "adapt" if settings.uniform is None else settings.uniform
-    by_layer = IN_STEPS if not uniform else ()
+    by_layer = (settings.method,) if layers_differ(settings) else ()
     readers = {
         **dict.fromkeys(("amplitude", "rule"), by_layer),
         "similarity": (*by_layer, "shortgpt"),
         **dict.fromkeys(
-            ("uniform", "min_groups", "min_channels"), tuple(name for name in METHODS if name not in WHOLE)
+            ("uniform", "min_groups", "min_channels"), tuple(name for name, way in WAYS.items() if way.components)
         ),
         **{one.name: ("flap",) for one in fields(settings) if one.name.startswith("flap_")},
         **{one.name: ("sheared",) for one in fields(settings) if one.name.startswith("sheared_")},

@@ -1,8 +1,10 @@
 """What the methods that prune in one step, and not component by component, have in common."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,19 +22,22 @@ def wanted_parameters(model: PreTrainedModel, settings: PruneSettings) -> int:
     does of methods that remove components: the model without that share of its heads' and channels' parameters.
 
     Raises UserError for a target above the model, for a family without a per-layer class, and for what is of methods
-    that rank components within layers: iterations, heads_by, `exact: false`.
+    that rank components within layers: iterations, heads_by.
     """
     per_layer_config_class(model.config)  # said before anything is measured
     if settings.iterations not in (None, 1):
         raise UserError(f"prune: {settings.method} prunes in one step, not {settings.iterations}; leave iterations out")
     if settings.heads_by != "method":
         raise UserError(f"prune: {settings.method} does not rank heads within a layer; leave heads_by out")
-    if not settings.exact:
-        raise UserError(
-            f"prune: {settings.method} always meets the sparsity; exact: false (--as-published) is for methods that "
-            "say of every layer how many components it keeps"
-        )
     return asked_parameters(model, settings)
+
+
+def kept_as_published(count: int, settings: PruneSettings) -> int | None:
+    """How many of `count` units (layers, dimensions) stay where the sparsity is a share of them, as their method was
+    published: int(n (1 - s)), one at least. None where a number of parameters is to be met instead (`exact`)."""
+    if settings.exact:
+        return None
+    return max(1, math.floor(count * (1 - Fraction(str(settings.sparsity)))))  # in decimals, as it was written
 
 
 def check_widths(model: PreTrainedModel, settings: PruneSettings) -> None:

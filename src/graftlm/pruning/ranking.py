@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from graftlm.pruning.targets import Sizes, Target, apportioned
+from graftlm.pruning.targets import Sizes, Target, apportioned, published
 
 
 def uniform_counts(target: Target) -> dict[str, int]:
@@ -13,6 +13,15 @@ def uniform_counts(target: Target) -> dict[str, int]:
         name: count
         for sizes, budget in zip(target.sizes, target.by_kind, strict=True)
         for name, count in zip(sizes.names, apportioned(sizes, sizes.counts, None, budget), strict=True)
+    }
+
+
+def uniform_as_published(target: Target, sparsity: float) -> dict[str, int]:
+    """As uniform_counts, where `sparsity` is the share of every block's components that goes."""
+    return {
+        name: count
+        for sizes in target.sizes
+        for name, count in zip(sizes.names, published(sizes, sizes.counts, [sparsity] * len(sizes.names)), strict=True)
     }
 
 

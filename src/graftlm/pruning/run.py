@@ -3,7 +3,6 @@
 import glob
 import math
 import shlex
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,21 +15,21 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedModel
 
-from graftlm.anatomy import decoder_layers
 from graftlm.errors import UserError
-from graftlm.files import plain_disk_errors, remove_unfinished
+from graftlm.files import check_folder, remove_unfinished
 from graftlm.held_out import mean_loss
 from graftlm.models import check_vocabulary, context_of, load_model, load_skeleton, load_tokenizer
-from graftlm.parts import count_parameters
+from graftlm.parts import layer_parameters
 from graftlm.progress import step_bar
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.calibration import TextCalibration, calibration_from
-from graftlm.pruning.notes import WHOLE, notes_on
+from graftlm.pruning.notes import notes_on
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import SUMMARY, save_pruned
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import per_layer_config_class
 from graftlm.pruning.targets import asked_parameters, find_target
+from graftlm.pruning.ways import WAYS, calibration_in_words
 from graftlm.reporting.pruning import write_report
 from graftlm.training.config import SourceConfig
 
@@ -85,7 +84,6 @@ def run_prune(
     pruned = replace(pruned, notes=(*calibration.notes, *notes_on(pruned)))
     where = ", ".join(source.path for source in data) if data else "the demo's text"
     measured = {
-        "calibration": calibration.size,
         "held_out_sequences": len(calibration.held_back),
         "held_out_loss_before": before,
         "held_out_loss": after,
@@ -106,8 +104,7 @@ def check_out(out: Path) -> None:
     remove_unfinished(out.parent, glob.escape(out.name))
     if out.is_dir() and not ((out / SUMMARY).is_file() or not any(out.iterdir())):
         raise UserError(f"{out}: is there and is no pruned model (no {SUMMARY}); give another --out, or delete it")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; give a folder as --out")
+    check_folder(out)
     if out.is_dir():
         ours = {path for pattern in OWN_FILES for path in out.glob(pattern)}
         if others := sorted(path.name for path in out.iterdir() if path not in ours):
@@ -115,10 +112,6 @@ def check_out(out: Path) -> None:
                 f"{out}: holds {others[0]} beside a pruned model, which would be deleted with it; move it away, or "
                 "give another --out"
             )
-    with plain_disk_errors(out):  # now rather than when there is something to lose
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
 
 
 def _check_target(skeleton: PreTrainedModel | None, settings: PruneSettings) -> None:
@@ -127,13 +120,8 @@ def _check_target(skeleton: PreTrainedModel | None, settings: PruneSettings) -> 
         return
     per_layer_config_class(skeleton.config)
     asked_parameters(skeleton, settings)
-    if settings.method not in WHOLE:
+    if WAYS[settings.method].components:
         find_target(skeleton, settings, uniform=bool(settings.uniform))
-
-
-def layer_parameters(model: nn.Module) -> list[int]:
-    """Parameters of every decoder layer."""
-    return [count_parameters(layer) for layer in decoder_layers(model)[1]]
 
 
 def _loss(model: nn.Module, calibration: TextCalibration) -> float | None:
@@ -180,13 +168,7 @@ def _print(
     lines = [
         f"parameters {pruned.original_parameters:,} -> {pruned.parameters:,} ({removed:.1%} fewer, embeddings counted)"
     ]
-    if pruned.steps:
-        each = sum(step.seconds for step in pruned.steps) / len(pruned.steps)
-        lines.append(
-            f"{pruned.seconds:.1f} s: {len(pruned.steps)} iterations of {each:.2f} s, on {calibration.size} each"
-        )
-    else:
-        lines.append(f"{pruned.seconds:.1f} s, on {calibration.size}")
+    lines.append(f"{pruned.seconds:.1f} s, on {calibration_in_words(pruned.settings)}")
     held = f"{len(calibration.held_back)} sequences of {calibration.length} tokens held back"
     lines.append(
         "no loss measured: too few sequences to hold any back"

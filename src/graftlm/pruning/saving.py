@@ -11,6 +11,7 @@ from graftlm.environment import describe_environment
 from graftlm.models import save_model
 from graftlm.pruning.base import Pruned
 from graftlm.pruning.card import pruned_card
+from graftlm.pruning.ways import calibration_in_words, sequences_seen
 
 SUMMARY = "pruning.json"
 
@@ -54,6 +55,8 @@ def summary_of(pruned: Pruned, base_model: str = "", data: str = "") -> dict[str
         "method": pruned.settings.method,
         "settings": asdict(pruned.settings),
         "data": data,
+        "calibration": calibration_in_words(pruned.settings),
+        "calibration_sequences": sequences_seen(pruned.settings),
         "original_parameters": pruned.original_parameters,
         "parameters": pruned.parameters,
         "removed_share": 1 - pruned.parameters / pruned.original_parameters,

@@ -14,14 +14,15 @@ METHODS: tuple[str, ...] = get_args(MethodName)
 Rule = Literal["cumulative", "literal"]
 Similarity = Literal["cosine", "euclidean", "manhattan"]
 HeadsBy = Literal["method", "loss"]
-DEFAULTS: dict[str, Any] = {"samples": 10, "amplitude": 0.02}
+DEFAULTS: dict[str, Any] = {"samples": 10, "amplitude": 0.02, "heads_by": "method"}
 """Of what a preset may set."""
 PRESETS: dict[str, dict[str, Any]] = {
     "authors-code": {"samples": 512},
-    "at-once": {"samples": 64, "amplitude": 1.0, "iterations": 1},
+    "at-once": {"samples": 64, "amplitude": 1.0, "iterations": 1, "heads_by": "loss"},
 }
-"""authors-code: calibration as the paper says. at-once: Adapt-Pruner in one step (A T as in its 50) on more text; on
-SmolLM2 the better way to prune much of a model that is trained no further (experiments/adapt_table1)."""
+"""authors-code: calibration as the paper says. at-once: Adapt-Pruner in one step (A T as in its 50) on more text, with
+key-value groups ranked by the loss without each; on SmolLM2 the best way to prune a model that is trained no further
+(experiments/adapt_table1)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class PruneSettings:
     """Parameters of the model that comes out, at most; as close below as one component allows."""
     exact: bool = True
     """The layers' sparsities are shifted alike until their sum meets the target. False: as published, every layer keeps
-    int(n (1 - s)) of its components, whatever the sum (needs sparsity)."""
+    int(n (1 - s)) of its components, whatever the sum; s is a share of the hidden size in slicegpt, of the layers in
+    shortgpt, and flap does not count its biases (needs sparsity)."""
     uniform: bool | None = None
     """Every layer loses the same share; None: as the method does."""
     iterations: int | None = None
@@ -50,9 +52,10 @@ class PruneSettings:
     """Sparsity of a layer: cumulative adds S/T - A I at every iteration (the authors' code); literal is S - A I."""
     similarity: Similarity = "cosine"
     """Of a layer's input and output: the more alike, the less the layer matters."""
-    heads_by: HeadsBy = "method"
+    heads_by: HeadsBy | None = None
     """Which key-value groups of a layer go: method ranks them like channels; loss measures the loss without each, in a
-    forward pass a group and iteration (on as many of the sequences as one pass takes: 640 tokens, at least one)."""
+    forward pass a group and iteration (on as many of the sequences as one pass takes: 640 tokens, at least one). None:
+    the preset's, or method."""
     samples: int = 0
     """Calibration sequences an iteration, drawn anew each time; 0: the preset's, 10 without (512 in the paper)."""
     sample_length: int = 64
@@ -65,7 +68,7 @@ class PruneSettings:
     """Key-value groups that a layer keeps at least; 0: a layer may lose its attention."""
     preset: str | None = None
     """Named settings, which the others given here override: authors-code (512 samples), at-once (one step, 64 samples,
-    amplitude 1)."""
+    amplitude 1, heads_by loss)."""
     seed: int = 0
     """Of the calibration sequences, of the random method, and of the gates of sheared."""
     flap_compensation: bool = True
@@ -117,7 +120,7 @@ class PruneSettings:
         }
         for name, known in choices.items():
             value = getattr(self, name)
-            if value not in known and not (name == "preset" and value is None):
+            if value not in known and not (name in ("preset", "heads_by") and value is None):
                 raise UserError(f"prune: {name} {value!r} is not known; there are {', '.join(known)}")
 
 

@@ -1,7 +1,7 @@
 """The model card that goes into a run's model folder."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,18 @@ def is_hub_id(name: str) -> bool:
     return HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf") and not Path(name).exists()
 
 
-def front_matter(tags: Sequence[str], base_model: str, datasets: Sequence[str] = ()) -> str:
-    """What the Hub reads of a card. `base_model`: named where it is a Hub id; `datasets`: Hub ids."""
+def front_matter(
+    tags: Sequence[str], base_model: str, datasets: Sequence[str] = (), *, more: Mapping[str, Any] | None = None
+) -> str:
+    """What the Hub reads of a card. `base_model`: named where it is a Hub id; `datasets`: Hub ids; `more`: further
+    entries, which win."""
     matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     matter["tags"] = ["graftlm", *tags]
     if is_hub_id(base_model):
         matter["base_model"] = base_model
     if datasets:
         matter["datasets"] = list(datasets)
+    matter |= more or {}
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
 
 

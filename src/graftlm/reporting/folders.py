@@ -17,6 +17,8 @@ def report_on(folder: str | Path) -> Path:
     Raises UserError for a folder that is missing, broken, or of anything else.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; name the folder that train, prune or shrink wrote")
     if (folder / SUMMARY).is_file():
         return pruning.write_report(folder)
     if (folder / shrinking.PLAN).is_file():

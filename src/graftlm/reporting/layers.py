@@ -48,6 +48,20 @@ def plot_layers(
     return save(made, path)
 
 
+def plot_whole_layers(parameters: Sequence[int], original: Sequence[int], path: Path) -> Path:
+    """What every layer has left of its parameters, attention and FFN together, in front of what the original has."""
+    title = "Parameters of every layer, against the original's"
+    made = figure(title, width=7.0, height=4.4, note="Grey: the original.")
+    axes = made.subplots()
+    axes.bar(range(len(original)), original, color=BEFORE, alpha=0.25, width=0.86)
+    axes.bar(range(len(parameters)), parameters, color=RUN, width=0.86)
+    left = f"attention and FFN: {sum(parameters) / sum(original):.1%} left"
+    style(axes, xlabel="layer", ylabel="parameters", title=left)
+    axes.yaxis.set_major_formatter(lambda value, _: figures.count(value))
+    whole_numbers(axes.xaxis)
+    return save(made, path)
+
+
 def plot_shares(
     models: Mapping[str, Sequence[Shape]],
     original: Sequence[Shape],
@@ -55,14 +69,24 @@ def plot_shares(
     path: Path,
     palette: Mapping[str, str] | None = None,
 ) -> Path:
-    """Share of its components that each layer of each model has left; models with other numbers of layers are left
-    out. palette: colours by model, where other pictures show them too."""
-    made = figure(title, width=10.0, height=4.4, note="Of the first trial.")
+    """Share of its components that each layer of each model has left; models that have lost whole layers, or none of
+    any layer's components (a sliced hidden size), are named as left out. palette: colours by model, where other
+    pictures show them too."""
+    before = [widths(original, part).tolist() for part in PARTS]
+    out = [
+        label
+        for label, shapes in models.items()
+        if len(shapes) != len(original) or [widths(shapes, part).tolist() for part in PARTS] == before
+    ]
+    note = "Of the first trial."
+    if out:
+        note += f" Not drawn, as they lost whole layers or a part of the hidden size: {', '.join(out)}."
+    made = figure(title, width=10.0, height=4.4, note=note)
     palette = palette or colours(models)
     grid = made.subplots(1, 2, sharey=True)
     for axes, part in zip(grid, PARTS, strict=True):
         for label, shapes in models.items():
-            if len(shapes) == len(original):
+            if label not in out:
                 left = widths(shapes, part) / np.maximum(1, widths(original, part))
                 axes.plot(left, color=palette[label], marker="o", markersize=3, linewidth=1.5, label=label)
         axes.set_ylim(-0.03, 1.05)

@@ -3,6 +3,8 @@
 import shlex
 from pathlib import Path
 
+from graftlm.models import needs_code
+
 PAPER = "https://arxiv.org/abs/2505.24241"
 CITATION = """\
 @article{gu2025apex,
@@ -28,10 +30,11 @@ def load_snippet(model: str, *, trust: bool = False) -> str:
 def commands(run: Path) -> list[tuple[str, str]]:
     """(what it does, command) for the model of a run folder."""
     model = shlex.quote(str(run / "model"))
+    code = " --trust-remote-code" if needs_code(run / "model") else ""
     return [
-        ("try it", f'graftlm generate {model} "Once upon a time"'),
-        ("perplexity on a text of yours", f"graftlm eval {model} --perplexity FILE --out perplexity.json"),
-        ("see what its parts do", f"graftlm assess {model} --data FILE --out assessment"),
+        ("try it", f'graftlm generate {model} "Once upon a time"{code}'),
+        ("perplexity on a text of yours", f"graftlm eval {model} --perplexity FILE --out perplexity.json{code}"),
+        ("see what its parts do", f"graftlm assess {model} --data FILE --out assessment{code}"),
     ]
 
 

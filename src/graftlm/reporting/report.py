@@ -158,7 +158,7 @@ def _estimates(outcome: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def _stage(stage: dict[str, Any]) -> dict[str, str]:
     before, after = stage.get("eval_loss_before_fusion"), stage.get("eval_loss_after_fusion")
-    effective = stage.get("effective_k") or {}
+    effective, moved = stage.get("effective_k") or {}, (stage.get("moved") or {}).get("all") or {}
     return {
         "number": str(int(stage["stage"]) + 1),
         "step": figures.integer(stage.get("step")),
@@ -168,6 +168,9 @@ def _stage(stage: dict[str, Any]) -> dict[str, str]:
         "before": figures.loss(before),
         "after": figures.loss(after),
         "change": "exactly 0" if before == after and before is not None else figures.difference(after, before),
+        "moved": figures.scientific(moved.get("operator")),
+        "own": figures.scientific(moved.get("own")),
+        "multiplier": figures.number((stage.get("multiplier") or {}).get("median")),
         "heads": figures.share(effective.get("heads")),
         "channels": figures.share(effective.get("channels")),
     }

@@ -15,10 +15,10 @@ from graftlm.pruning.shrink.phases import Phase
 from graftlm.pruning.shrink.story import rows, summarise
 from graftlm.reporting import figures, nextsteps
 from graftlm.reporting.curves import plot_learning_rate, plot_loss
-from graftlm.reporting.layers import plot_iterations, plot_layers
+from graftlm.reporting.layers import plot_iterations
 from graftlm.reporting.page import Plot, as_yaml, differences, flatten, inline, template
 from graftlm.reporting.phases import plot_phases
-from graftlm.reporting.pruning import component_costs, shape_rows
+from graftlm.reporting.pruning import draw_layers, shape_rows
 from graftlm.reporting.rundata import RunData, read_run
 
 PLAN = "phases.json"
@@ -78,7 +78,7 @@ def _draw(run: RunData, summary: dict[str, Any], pruned: Path, folder: Path) -> 
         plot_loss(run, "tokens", folder / "loss_tokens.png"),
         plot_loss(run, "seconds", folder / "loss_seconds.png"),
         plot_learning_rate(run, folder / "learning_rate.png"),
-        plot_layers(summary["shapes"], original, folder / "layers.png", component_costs(pruned)),
+        draw_layers(pruned, summary["shapes"], original, summary["original_layer_parameters"], folder),
         plot_iterations(steps, original, summary["original_parameters"], folder / "iterations.png", unit="phase"),
     )
     return {path.stem: Plot(ALT[path.stem], inline(path)) for path in made if path is not None}

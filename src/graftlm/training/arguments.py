@@ -118,6 +118,9 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             },
             use_cpu=not torch.cuda.is_available(),  # Apple's MPS has no float64, which statistics are summed in
             dataloader_pin_memory=torch.cuda.is_available(),
+            # Streams: every process reads for itself. What accelerate would do, join the first one's batches and deal
+            # them out, takes batches of one length only.
+            accelerator_config={"dispatch_batches": False},
         )
     except ValueError as error:
         raise UserError(f"transformers refuses these settings: {' '.join(str(error).split())}") from error

@@ -148,8 +148,9 @@ def load_apex_state(checkpoint: Path, model: nn.Module) -> dict[str, Tensor]:
         return load_tensors(checkpoint / APEX_FILE)
 
     def empty(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        if name.startswith("raw."):
-            weight = model.get_parameter(name.removeprefix("raw.").partition(":")[0])
+        kind, _, panel = name.partition(".")
+        if kind in ("raw", "start"):
+            weight = model.get_parameter(panel.partition(":")[0])
             if isinstance(weight, DTensor):
                 return sharded_zeros(size, dtype=dtype, device_mesh=weight.device_mesh, placements=[Shard(2)])
         if name.startswith("container."):

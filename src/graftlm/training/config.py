@@ -1,5 +1,6 @@
 """What a training run is: one dataclass, in the words of TrainingArguments and TRL; ours live under `apex:`."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,8 +44,10 @@ class SourceConfig:
     """Read only the documents of even or of odd number (from 0), which have none in common; `limit` comes first."""
 
     def __post_init__(self) -> None:
-        if self.weight is not None and self.weight <= 0:
-            raise UserError(f"data.weight: {self.weight} of {self.path} must be above 0; leave the source out instead")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise UserError(
+                f"data.weight: {self.weight} of {self.path} must be above 0 and finite; leave the source out instead"
+            )
         if self.limit is not None and self.limit < 1:
             raise UserError(f"data.limit: {self.limit} of {self.path} must be at least 1")
 
@@ -261,6 +264,8 @@ class RunConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}: {getattr(self, name)} must be above 0")
+        if self.max_length == 1:
+            raise UserError("max_length: 1 leaves nothing to predict; give at least 2")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed: {self.seed} must be from 0 to {2**32 - 1}")
         for name in ("warmup_ratio", "eval_fraction"):

@@ -64,11 +64,13 @@ def estimate(
     blocks: int | None,
     *,
     tokens: int | None = None,
+    evaluation_blocks: int | None = None,
     gpus: int | None = None,
 ) -> dict[str, Any]:
     """Estimate a run of `config` on `model` (which is left as it was) in a few seconds.
 
-    `blocks`, `tokens`: sequences and tokens of an epoch; None where they are not known. `gpus`: plan for so many,
+    `blocks`, `tokens`: sequences and tokens of an epoch; `evaluation_blocks`: sequences evaluated each time; None where
+    they are not known. `gpus`: plan for so many,
     there or not; None: for this machine, and as many processes as a launcher started. Returns JSON values; memory and
     bytes sent are those of one process, seconds those of training as summary.json counts them (evaluation and
     communication apart), None where there is no GPU to measure a plan for GPUs on. Raises UserError for what `train`
@@ -110,7 +112,7 @@ def estimate(
         "flops_per_step": sum(v for k, v in flops.items() if k != "recomputed"),
         "flops": flops,
         "flops_formula": costs.FORMULA if held.trainable >= counted.total else costs.FORMULA_PARTLY,
-        **_seconds(config, counted, probe, layout, steps, blocks, rows * length),
+        **_seconds(config, counted, probe, layout, steps, blocks, evaluation_blocks, rows * length),
         "estimated_peak_memory_bytes": memory["peak"],
         "memory": memory["parts"],
         "memory_peak_at": memory["at"],
@@ -176,6 +178,7 @@ def _seconds(
     layout: Layout,
     steps: int | None,
     blocks: int | None,
+    evaluation_blocks: int | None,
     tokens: int,
 ) -> dict[str, Any]:
     """`tokens`: of a micro-batch. Scaling: layers by number and operations, the LM head by rows, updates by parameters.
@@ -207,6 +210,8 @@ def _seconds(
         assessment += seen * sequence * (3 if gradients else 1) / layout.processes
     stages = len(counted.starts) * probe.stage * probe.depth
     evaluated = config.eval_max_blocks if config.eval_data or config.eval_fraction else 0
+    if evaluation_blocks is not None:
+        evaluated = min(evaluated, evaluation_blocks)
     evaluation = None if steps is None else evaluations(config, steps) * evaluated * sequence / layout.processes
     # The distributions of activations before and after; an assessment before training gives the first one for nothing.
     watching = (1 if assesses else 2) * samples * sequence / layout.processes

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -42,20 +42,33 @@ def load_skeleton(config: RunConfig) -> PreTrainedModel:
     return model if model is not None else load_model(config.model, **how)
 
 
-def count_sequences(config: RunConfig) -> tuple[int | None, int | None, str]:
-    """Sequences and tokens of an epoch, and where the numbers come from. None where nothing is known."""
+class Sequences(NamedTuple):
+    """What is known of a run's data; None where nothing is."""
+
+    said: str
+    """Where the numbers come from."""
+    blocks: int | None = None
+    """Sequences of an epoch."""
+    tokens: int | None = None
+    """Of an epoch."""
+    evaluation_blocks: int | None = None
+    """Sequences evaluated each time."""
+
+
+def count_sequences(config: RunConfig) -> Sequences:
+    """Count where that is needed and the data are small; else assume, or leave it unknown."""
     if config.max_steps > 0:
-        return None, None, "not needed: max_steps is set"
+        return Sequences("not needed: max_steps is set")
     sizes = [_bytes_of(Path(source.path), source.pattern) for source in config.data]
     small = None not in sizes and sum(filter(None, sizes)) <= PREPARED_AT_MOST
     if small and (tokenizer := _tokenizer(config)) is not None:
         found = prepare_data(config, tokenizer).statistics
-        return found.blocks, found.tokens, "counted (and kept in the cache)"
+        return Sequences("counted (and kept in the cache)", found.blocks, found.tokens, found.evaluation_blocks)
     if None in sizes:
-        return None, None, "unknown: the data is not on this machine; set max_steps to see the whole run"
+        return Sequences("unknown: the data is not on this machine; set max_steps to see the whole run")
     tokens = sum(filter(None, sizes)) // BYTES_A_TOKEN
     said = f"assumed: {BYTES_A_TOKEN} bytes a token, full sequences; set max_steps to be exact"
-    return max(1, tokens // config.max_length), tokens, said
+    return Sequences(said, max(1, tokens // config.max_length), tokens)
 
 
 def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase | None:
@@ -84,12 +97,12 @@ def plan(config: RunConfig, *, gpus: int | None = None, console: Console | None 
     console = console or Console(quiet=os.environ.get("RANK", "0") != "0")
     check_optimizer(config)
     model = load_skeleton(config)
-    blocks, tokens, said = count_sequences(config)
-    planned = estimate(config, model, blocks, tokens=tokens, gpus=gpus)
+    said, blocks, tokens, evaluated = count_sequences(config)
+    planned = estimate(config, model, blocks, tokens=tokens, evaluation_blocks=evaluated, gpus=gpus)
     if config.control:
         starts = [start or 0 for start in planned["stage_starts"]]
         control = dataclasses.replace(control_config(config, starts), output_dir=config.output_dir)
-        planned["control"] = estimate(control, model, blocks, tokens=tokens, gpus=gpus)
+        planned["control"] = estimate(control, model, blocks, tokens=tokens, evaluation_blocks=evaluated, gpus=gpus)
     console.print(_table(config, model, planned, blocks, said))
     console.print(Text(f"FLOPs: {planned['flops_formula']}", style="dim"))
     for line in _assumptions(config, planned):

@@ -29,7 +29,7 @@ from graftlm.training.estimates import remedies
 from graftlm.training.finishing import Activations, finish, mean_activations
 from graftlm.training.metrics import Display, MetricsLog
 from graftlm.training.plan import compare_plan, estimate
-from graftlm.training.run_folder import check_same_config, check_same_data, open_folder
+from graftlm.training.run_folder import alone_in, check_same_config, check_same_data, open_folder
 from graftlm.training.run_trainer import RunTrainer
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
@@ -45,13 +45,22 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     distributed.join(config.distributed)
     same = "start every process from the same file and with the same arguments"
     agree("the settings", config_to_dict(config), same)
+    check_optimizer(config)  # before a folder is made
     run = Path(config.output_dir)
+    with alone_in(run):
+        _train_with_control(config, run, resume)
+    distributed.leave()
+    return run
+
+
+def _train_with_control(config: RunConfig, run: Path, resume: bool) -> None:
+    """What is still to be done of both, and the report; the caller holds the folder."""
     finished = run / "summary.json"
     if resume and on_main(finished.exists):
         on_main(lambda: check_same_config(config, run))
     else:
         with _other_processes(run):
-            train_one(config, resume=resume)
+            _train_one(config, resume=resume)
     summary = on_main(lambda: read_json(finished))
     if config.control and summary.get("control") is None:
         with _other_processes(run):
@@ -61,8 +70,6 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         report = make_report(run)
         print_summary(summary, run)
         print(report)
-    distributed.leave()
-    return run
 
 
 @contextlib.contextmanager
@@ -84,8 +91,13 @@ def _other_processes(run: Path) -> Iterator[None]:
 def train_one(config: RunConfig, *, resume: bool = False, lean: bool = False) -> dict[str, Any]:
     """One run without its control; returns what it wrote to summary.json. `lean`: without plan and distributions of
     activations, which only a report of this run would show."""
-    run = Path(config.output_dir)
     check_optimizer(config)
+    with alone_in(Path(config.output_dir)):
+        return _train_one(config, resume=resume, lean=lean)
+
+
+def _train_one(config: RunConfig, *, resume: bool, lean: bool = False) -> dict[str, Any]:
+    run = Path(config.output_dir)
     checkpoint = on_main(lambda: open_folder(config, run, resume))
     set_seed(config.seed)
     code = {"trust_remote_code": config.trust_remote_code}
@@ -105,7 +117,10 @@ def train_one(config: RunConfig, *, resume: bool = False, lean: bool = False) ->
     planned = None
     with sharing_errors():
         if is_main() and not lean:
-            planned = estimate(config, model, data.statistics.blocks, tokens=data.statistics.tokens)
+            found = data.statistics
+            planned = estimate(
+                config, model, found.blocks, tokens=found.tokens, evaluation_blocks=found.evaluation_blocks
+            )
     total_parameters = sum(p.numel() for p in model.parameters())
     use_cache = model.config.use_cache
     model.config.use_cache = False  # packed documents are kept apart only without a cache

@@ -1,24 +1,46 @@
 """A run's folder: whether a run may begin there, or go on, and on what."""
 
+import contextlib
+import dataclasses
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from graftlm.configuring import config_to_dict, dump_yaml, load_config
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
-from graftlm.files import read_json, remove_unfinished, write_json, write_text
+from graftlm.files import locked, plain_disk_errors, read_json, remove_unfinished, write_json, write_text
+from graftlm.identity import NAMED, SETTINGS, SOURCES, content_of, same_settings
 from graftlm.training.checkpoints import check_checkpoint, list_checkpoints
-from graftlm.training.config import RunConfig
+from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.training.data import PreparedData
+from graftlm.training.distributed import on_main
 
 # What may differ between a run and its --resume without changing a weight.
 FREE_ON_RESUME = {"control", "save_total_limit", "report_to", "logging_steps", "per_device_eval_batch_size"}
+FREE_ON_RESUME |= {"save_steps", "cache_dir", "output_dir"}
 # So may these, as long as a step has the same sequences and checkpoints the same form; the checkpoint says.
 FREE_ON_RESUME |= {"per_device_train_batch_size", "gradient_accumulation_steps", "distributed"}
 
 
+@contextlib.contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Make the run folder and hold it, for all processes of a run: a second run would remove what the first is writing.
+    Raises UserError while another run holds it."""
+    with contextlib.ExitStack() as held:
+        on_main(lambda: _hold(run, held))
+        yield
+
+
+def _hold(run: Path, held: contextlib.ExitStack) -> None:
+    busy = "another run is training there; wait until it has ended, or give another output_dir"
+    with plain_disk_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(run, busy=busy))
+
+
 def open_folder(config: RunConfig, run: Path, resume: bool) -> Path | None:
-    """Make the run folder, or find the checkpoint to go on from."""
+    """Put a new run's settings into its folder, or find the checkpoint to go on from."""
     checkpoints = list_checkpoints(run)
     if (run / "summary.json").exists() or (checkpoints and not resume):
         state = "a finished run" if (run / "summary.json").exists() else "an unfinished run"
@@ -43,13 +65,31 @@ def open_folder(config: RunConfig, run: Path, resume: bool) -> Path | None:
 
 
 def check_same_config(config: RunConfig, run: Path) -> None:
-    old, new = config_to_dict(load_config(run / "config.yaml")), config_to_dict(config)
+    before = load_config(run / "config.yaml")
+    old, new = config_to_dict(before), config_to_dict(config)
     changed = [key for key in new if new[key] != old.get(key) and key not in FREE_ON_RESUME]
+    changed = [key for key in changed if not is_elsewhere(key, before, config, run / SETTINGS)]
     if changed:
         raise UserError(
             f"{run}/config.yaml: {changed[0]} was {old.get(changed[0])!r} and is now {new[changed[0]]!r}; a resumed "
             "run keeps its settings (give another output_dir for a new one)"
         )
+
+
+def is_elsewhere(key: str, old: RunConfig, new: RunConfig, kept: Path | None = None) -> bool:
+    """Whether a setting names what it did, at another place. kept: where a comparison says what was at a path that is
+    gone, if it does."""
+    if key not in NAMED:
+        return False
+    try:
+        before = read_json(kept).get(key) if kept and kept.exists() else content_of(old, key)
+    except UserError:  # the old data are gone; check_same_data still knows what was read of them
+        return key in SOURCES and _unplaced(getattr(old, key)) == _unplaced(getattr(new, key))
+    return same_settings({key: before}, {key: content_of(new, key)})
+
+
+def _unplaced(sources: Sequence[SourceConfig]) -> list[SourceConfig]:
+    return [dataclasses.replace(source, path="") for source in sources]
 
 
 def check_same_data(run: Path, data: PreparedData, *, goes_on: bool) -> None:

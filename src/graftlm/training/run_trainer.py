@@ -17,6 +17,7 @@ from graftlm.held_out import mean_loss
 from graftlm.methods.base import Method
 from graftlm.methods.sparse_settings import ReweightingSettings
 from graftlm.models import quiet_transformers
+from graftlm.movement import rate_multipliers, stage_movement
 from graftlm.sharding import is_sharded
 from graftlm.training.checkpoints import (
     STATE_FILE,
@@ -213,6 +214,8 @@ class RunTrainer(ApexTrainer):
         if self.stages:
             self.stages[-1]["eval_loss_before_fusion"] = loss
             self.stages[-1]["steps"] = self.state.global_step - self.stages[-1]["step"]
+            if self.apex is not None:
+                self.stages[-1] |= {"moved": stage_movement(self.apex), "multiplier": rate_multipliers(self.apex)}
         return loss
 
     def end_apex(self) -> None:

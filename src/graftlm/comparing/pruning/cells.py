@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftlm.comparing.identity import by_content, content_of_sources, key_of
 from graftlm.comparing.pruning.config import ORIGINAL, PruneComparison, Size
 from graftlm.comparing.pruning.jobs import Job
 from graftlm.comparing.results import Record, Results
+from graftlm.comparing.tasks import Tasks
 from graftlm.environment import describe_environment, hardware
+from graftlm.identity import by_content, content_of_sources, key_of
 
 KIND = "prune"
 """What marks the records of these cells among those of training."""
@@ -94,7 +95,9 @@ class PruneCells:
         return self._made[arm, size, seed]
 
     def record(self, cell: PruneCell) -> Record | None:
-        return self.results.get(cell.key, cell.settings)
+        """The finished cell, unless its scores are of other questions than those that are there now."""
+        record = self.results.get(cell.key, cell.settings)
+        return record if record is not None and Tasks.of(self.comparison.settings).answered(record["tasks"]) else None
 
     def run_folder(self, cell: PruneCell) -> Path:
         return self.comparison.folder / "cells" / cell.folder

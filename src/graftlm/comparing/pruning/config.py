@@ -15,6 +15,7 @@ from graftlm.configuring import config_from_layers, load_dataclass, place_of, ta
 from graftlm.errors import UserError
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shrink.config import ShrinkConfig, make_shrink
+from graftlm.pruning.ways import is_uniform
 from graftlm.training.config import SourceConfig
 from graftlm.yaml_nodes import COMMAND_LINE, is_null, parse_yaml
 
@@ -57,8 +58,8 @@ class PruneCompareConfig:
     """Sizes as shares that go, 0 to 1; each variant is run at each."""
     sparsity_of: Literal["parameters", "channels"] = "parameters"
     """What a share is of. parameters: of the weights of all heads and channels, and every variant must meet the number
-    of parameters that is left then; channels: of the heads and channels as each method itself counts them (exact:
-    false), as papers have it."""
+    of parameters that is left then; channels: of what each method itself counts, as papers have it (exact: false):
+    heads and channels, slicegpt's hidden size, shortgpt's layers."""
     target_parameters: tuple[int, ...] = ()
     """Sizes as numbers of parameters that must not be exceeded, instead of sparsities or beside them."""
     data: tuple[SourceConfig, ...] = ()
@@ -68,7 +69,8 @@ class PruneCompareConfig:
     """What the weights are held in while they are pruned and measured; bfloat16 takes half of the memory (of shrink: in
     measuring; its training has shrink.train.dtype)."""
     control: str | None = None
-    """Variant that the others' differences are against; None: the one with method llm-pruner, else the first."""
+    """Variant that the others' differences are against; None: the uniform one with method llm-pruner, else the
+    first."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Trials: each draws calibration sequences of its own, the same for all variants."""
     max_length: int | None = None
@@ -150,6 +152,10 @@ class PruneArm:
     def method(self) -> str:
         return self.by_size[0][1].method
 
+    @property
+    def pruning(self) -> PruneSettings:
+        return self.by_size[0][1].pruning
+
 
 @dataclass(frozen=True)
 class PruneComparison:
@@ -192,7 +198,12 @@ def load_prune_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Pr
         notes.append(f"seeds {list(settings.seeds)}: too few for an interval, so none is given (at least {FEWEST})")
     if not settings.data:
         notes.append("importance was measured on the text that graftlm demo trains on: Python's own source files")
-    control = settings.control or next((arm.name for arm in arms if arm.method == BASELINE), arms[0].name)
+    uniform = [arm for arm in arms if is_uniform(arm.pruning)]
+    if not uniform:
+        one = "{method: llm-pruner}" if settings.shrink is None else "{prune: {method: llm-pruner}}"
+        notes.append(f"no variant is uniform, which always has to be beaten; add one, such as uniform: {one}")
+    control = next((arm for arm in uniform if arm.pruning.method == BASELINE), arms[0]).name
+    control = settings.control or control
     return PruneComparison(settings, sizes, tuple(arms), control, tuple(notes))
 
 

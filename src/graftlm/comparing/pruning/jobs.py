@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graftlm.comparing.identity import by_content, content_of_sources, settings_of
+from graftlm.identity import by_content, content_of_sources, settings_of
 from graftlm.pruning.settings import METHODS, PruneSettings
 from graftlm.pruning.shrink.config import NOT_IN_TRAIN, Shrink, default_values
+from graftlm.pruning.ways import sequences_seen
 from graftlm.training.config import SourceConfig
 
 DONE = "done.json"
@@ -28,6 +29,10 @@ class PruneJob:
     def method(self) -> str:
         return self.settings.method
 
+    @property
+    def pruning(self) -> PruneSettings:
+        return self.settings
+
     def with_seed(self, seed: int) -> "PruneJob":
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, seed=seed))
 
@@ -43,6 +48,11 @@ class PruneJob:
     def _concerns(self, key: str) -> bool:
         owner = key.partition("_")[0]  # flap_compensation, sheared_steps
         return owner not in METHODS or owner == self.method
+
+    @property
+    def calibration_tokens(self) -> int:
+        """That the method looks at; repeated ones count again."""
+        return sequences_seen(self.settings) * self.settings.sample_length
 
     def key(self) -> dict[str, Any]:
         """The same as far as it is not the default, so that a setting added later leaves the keys of old cells."""
@@ -61,10 +71,17 @@ class ShrinkJob:
     def method(self) -> str:
         return f"shrink, {self.task.prune.method}"
 
+    @property
+    def pruning(self) -> PruneSettings:
+        return self.task.prune
+
     def with_seed(self, seed: int) -> "ShrinkJob":
         prune = dataclasses.replace(self.task.prune, seed=seed)
         run = dataclasses.replace(self.task.run, seed=seed)
         return ShrinkJob(dataclasses.replace(self.task, prune=prune, run=run))
+
+    calibration_tokens = None
+    """Its phases, which follow from the model, have their own: told when it is done."""
 
     def given(self) -> dict[str, Any]:
         return {"shrink": self.task.to_dict()}

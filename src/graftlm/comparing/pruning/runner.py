@@ -24,7 +24,7 @@ from graftlm.comparing.tables import show_tables
 from graftlm.comparing.tasks import Tasks
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
-from graftlm.files import read_json, write_json, write_text
+from graftlm.files import check_file, read_json, write_json, write_text
 from graftlm.reporting import figures
 
 
@@ -56,6 +56,7 @@ def compare_pruning(
     if settings.tasks and cells.open():
         Tasks.of(settings).check()
     check_writable(comparison.folder)
+    check_file(comparison.results_path)  # now rather than when the first run is to be kept
     with alone(comparison.folder):
         run_open(
             cells.open,
@@ -127,10 +128,16 @@ def run_cell(
         "tasks": {
             "asked": list(settings.tasks),
             "limit": settings.task_limit,
-            "results": {name: one for name, one in found.items() if not name.startswith("perplexity:")},
+            "results": _of_tasks(found),
+            "data": _of_tasks(report.get("data", {})),
         },
         "wall_seconds": round(time.monotonic() - began, 1),
     }
+
+
+def _of_tasks(values: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation says of tasks, and not of texts."""
+    return {name: one for name, one in values.items() if not name.startswith("perplexity:")}
 
 
 def _work(given: Path, log: Path, seconds: float | None, say: Say) -> None:

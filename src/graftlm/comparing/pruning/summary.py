@@ -85,6 +85,7 @@ def _row(
     for record in own.values():
         notes += _off_target(f"{arm.name} at {size.label}", record)
     shapes = next(iter(own.values()), {}).get("shapes")
+    looked_at = dict(arm.by_size)[size].calibration_tokens  # by its settings, so that older cells have it too
     return {
         "name": arm.name,
         "size": size.label,
@@ -93,6 +94,9 @@ def _row(
         "control": arm.name == comparison.control,
         "perplexity": perplexity,
         **{key: mean_by_seed({s: r[key] for s, r in own.items() if r.get(key) is not None}) for key in AVERAGED},
+        "calibration_tokens": mean_by_seed(
+            {s: seen for s, r in own.items() if (seen := r.get("calibration_tokens", looked_at)) is not None}
+        ),
         "gone": mean_by_seed({seed: 1 - r["parameters"] / r["original_parameters"] for seed, r in own.items()}),
         "components_gone": _components_gone(own),
         "shapes": shapes,

@@ -85,7 +85,7 @@ def _perplexity(summary: dict[str, Any], text: str) -> Table:
 def _costs(rows: Sequence[Row]) -> Table:
     header = (
         *("size", "variant", "parameters", "minus target", "parameters gone", "groups gone", "channels gone"),
-        *("tokens trained on", "time", "peak memory"),
+        *("tokens trained on", "calibration tokens", "time", "peak memory"),
     )
     made = []
     for row in rows:
@@ -100,12 +100,14 @@ def _costs(rows: Sequence[Row]) -> Table:
                 figures.share(_of(row, "gone")),
                 *(figures.share((row["components_gone"][kind] or {}).get("mean")) for kind in ("heads", "channels")),
                 figures.count(_of(row, "tokens")) if row["tokens"] else "none",
+                figures.count(_of(row, "calibration_tokens")),
                 figures.duration(_of(row, "seconds")),
                 figures.size(_of(row, "peak_memory_bytes")),
             )
         )
     note = (
-        "means over trials; parameters of the whole model, its embeddings included; time of pruning and training alone"
+        "means over trials; parameters of the whole model, its embeddings included; time of pruning and training "
+        "alone, calibration tokens those that pruning looked at in it"
     )
     return Table("Sizes and costs", header, tuple(made), note)
 
@@ -141,7 +143,7 @@ def csv_text(summary: dict[str, Any]) -> str:
     """One line a variant, size and trial, with unrounded numbers."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    keys = ("parameters", "target_parameters", "tokens", "seconds", "peak_memory_bytes")
+    keys = ("parameters", "target_parameters", "tokens", "calibration_tokens", "seconds", "peak_memory_bytes")
     texts = [(text, kind) for text in summary["texts"] for kind in ("word", "token")]
     names = list(dict.fromkeys(name for row in summary["rows"] for name in row["tasks"]))
     header = ["size", "variant", "method", "control", "seed", *keys]

@@ -64,7 +64,8 @@ def _shrink(values: dict[str, Any], folder: Path) -> None:
     if not (folder / MODEL).exists():
         (own / MODEL).rename(folder / MODEL)
     more = {key: summary[key] for key in ("target_parameters", "tokens", "steps", "eval_loss_end", "peak_memory_bytes")}
-    kept = {**told(summary), **more, "seconds": summary["total_seconds"]}
+    looked_at = sum(phase["calibration_tokens"] or 0 for phase in summary["phases"])
+    kept = {**told(summary), **more, "seconds": summary["total_seconds"], "calibration_tokens": looked_at}
     write_json(folder / DONE, {**kept, "environment": read_json(own / "environment.json")})
     shutil.rmtree(own)
 

@@ -5,23 +5,10 @@ from typing import cast
 
 from graftlm.pruning.base import PruningMethod
 from graftlm.pruning.settings import MethodName
-
-MODULES: dict[MethodName, str] = {
-    "adapt": "adapt",
-    "llm-pruner": "llm_pruner",
-    "flap": "flap",
-    "slicegpt": "slicegpt",
-    "shortgpt": "shortgpt",
-    "minitron": "minitron",
-    "sheared": "sheared",
-    "magnitude": "magnitude",
-    "random": "random",
-    "wina": "wina",
-}
-"""Method -> its module here."""
+from graftlm.pruning.ways import WAYS
 
 
 def method(name: MethodName) -> PruningMethod:
     """The way of pruning called `name`; its module is imported only now."""
-    module = importlib.import_module(f"{__name__}.{MODULES[name]}")
+    module = importlib.import_module(f"{__name__}.{WAYS[name].module}")
     return cast(PruningMethod, module.prune)

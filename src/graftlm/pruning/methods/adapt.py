@@ -9,14 +9,12 @@ from graftlm.pruning.layer_sparsity import allocation
 from graftlm.pruning.prune import iterate
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.taylor import taylor
-
-ITERATIONS = 50
-"""T of the paper's table 8."""
+from graftlm.pruning.ways import iterations_of
 
 
 def prune(
     model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
 ) -> Pruned:
     allocate = allocation(settings, uniform=False)
-    iterations = settings.iterations or ITERATIONS
+    iterations = iterations_of(settings)
     return iterate(model, settings, calibration, heard, measure=taylor, allocate=allocate, iterations=iterations)

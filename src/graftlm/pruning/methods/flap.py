@@ -8,9 +8,9 @@ AL-AM). What a removed channel gives on average goes on as a bias of the project
 
 We differ from the authors' code (CASIA-IVA-Lab/FLAP): the unit of attention is a key-value group; its metric is not
 squared a second time before it is standardised (theirs squares that of attention only, and the paper does not); the
-ranking stops exactly at the target, the biases counted; all statistics are of the unpruned model, over tokens that are
-not padding. Biases make every layer's config say `output_biases`, which is no stock class: `flap_compensation: false`
-leaves them out.
+ranking stops exactly at the target, the biases counted (with `exact: false` not, as theirs); all statistics are of the
+unpruned model, over tokens that are not padding. Biases make every layer's config say `output_biases`, which is no
+stock class: `flap_compensation: false` leaves them out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -102,7 +102,7 @@ def prune(
     """One step. With `uniform` every layer keeps the same numbers, and the metric only says which."""
     before, wanted = Before.of(model), wanted_parameters(model, settings)
     blocks = prunable_blocks(model)
-    if settings.flap_compensation:
+    if settings.flap_compensation and settings.exact:
         wanted -= _bias_parameters(model, blocks, len(before.shapes))
     settings_met = replace(settings, sparsity=None, target_parameters=max(1, wanted), exact=True)
     target = find_target(model, settings_met, uniform=bool(settings.uniform))

@@ -13,6 +13,7 @@ from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.layer_sparsity import allocation
 from graftlm.pruning.prune import iterate
 from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.ways import iterations_of
 
 
 @torch.no_grad()
@@ -33,5 +34,5 @@ def prune(
     model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
 ) -> Pruned:
     allocate = allocation(settings, uniform=True)
-    iterations = settings.iterations or 1
+    iterations = iterations_of(settings)
     return iterate(model, settings, calibration, heard, measure=magnitude, allocate=allocate, iterations=iterations)

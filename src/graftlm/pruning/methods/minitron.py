@@ -24,6 +24,7 @@ from graftlm.pruning.inputs import watch_inputs
 from graftlm.pruning.layer_sparsity import allocation
 from graftlm.pruning.prune import iterate
 from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.ways import iterations_of
 
 
 def activation(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -48,5 +49,5 @@ def prune(
     model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
 ) -> Pruned:
     allocate = allocation(settings, uniform=True)
-    iterations = settings.iterations or 1
+    iterations = iterations_of(settings)
     return iterate(model, settings, calibration, heard, measure=activation, allocate=allocate, iterations=iterations)

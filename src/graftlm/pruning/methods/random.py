@@ -11,6 +11,7 @@ from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.layer_sparsity import allocation
 from graftlm.pruning.prune import iterate
 from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.ways import iterations_of
 
 
 def prune(
@@ -22,5 +23,5 @@ def prune(
         return {block.name: torch.rand(block.components, generator=generator) for block in blocks}
 
     allocate = allocation(settings, uniform=True)
-    iterations = settings.iterations or 1
+    iterations = iterations_of(settings)
     return iterate(model, settings, calibration, heard, measure=measure, allocate=allocate, iterations=iterations)

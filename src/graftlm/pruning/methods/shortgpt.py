@@ -2,8 +2,8 @@
 
 A layer's block influence is 1 minus the cosine similarity of what enters and what leaves it, averaged over tokens
 (eq. 1); the layers with the least go, all in one step. As many as the parameter target needs: the model lands up to one
-layer below it, never above. Which layers go is the paper's; that a target decides how many is ours, and `similarity`
-may take the cosine's place.
+layer below it, never above. Which layers go is the paper's; that a target decides how many is ours (with `exact:
+false` the sparsity is the share of layers that go), and `similarity` may take the cosine's place.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from graftlm.errors import UserError
 from graftlm.parts import count_parameters
 from graftlm.pruning.base import Calibration, Pruned, PruneStep
 from graftlm.pruning.layer_importance import layer_importance
-from graftlm.pruning.one_step import Before, check_widths, pruned_from, wanted_parameters
+from graftlm.pruning.one_step import Before, check_widths, kept_as_published, pruned_from, wanted_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_layers, prunable_blocks
 
@@ -31,12 +31,13 @@ def prune(
     _, layers = decoder_layers(model)
     sizes = [count_parameters(layer) for layer in layers]
     left, stay = before.parameters, set(range(len(sizes)))
+    count = kept_as_published(len(sizes), settings)
     for index in influence.argsort(stable=True).tolist():
-        if left <= wanted:
+        if left <= wanted if count is None else len(stay) <= count:
             break
         stay.remove(index)
         left -= sizes[index]
-    if not stay or left > wanted:
+    if count is None and (not stay or left > wanted):
         least = before.parameters - sum(sizes) + min(sizes)
         raise UserError(
             f"prune: shortgpt keeps one layer at least, which leaves {least:,} parameters, above the {wanted:,} asked "
@@ -47,10 +48,9 @@ def prune(
         block.name: torch.arange(block.components if block.layer in stay else 0) for block in prunable_blocks(model)
     }
     gone = [i for i in range(len(sizes)) if i not in stay]
-    note = (
-        f"shortgpt: layers {', '.join(map(str, gone)) or 'none'} of {len(sizes)} went (from 0); a layer is "
-        f"{max(sizes):,} parameters, so the model is {wanted - left:,} below what was asked for"
-    )
+    note = f"shortgpt: layers {', '.join(map(str, gone)) or 'none'} of {len(sizes)} went (from 0)"
+    if count is None:
+        note += f"; a layer is {max(sizes):,} parameters, so the model is {wanted - left:,} below what was asked for"
     model = keep_layers(model, ids)
     importance = tuple(influence.tolist())
     return pruned_from(before, model, settings, kept, heard, layer_importance=importance, notes=(note,))

@@ -24,7 +24,7 @@ from graftlm.anatomy import decoder_layers, linear
 from graftlm.errors import UserError
 from graftlm.parts import count_parameters
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
-from graftlm.pruning.one_step import Before, check_widths, pruned_from, wanted_parameters
+from graftlm.pruning.one_step import Before, check_widths, kept_as_published, pruned_from, wanted_parameters
 from graftlm.pruning.prune import check_finite
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.sliced_modeling import FAMILIES, NORMS
@@ -41,6 +41,7 @@ def prune(
     model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
 ) -> Pruned:
     """Slice the hidden size so that the target is met: the widest model that is not above it, rotations included.
+    With `exact: false`, as published: the sparsity is the share of the hidden size that goes.
 
     Raises UserError for a family whose norms do not allow it, for a target that a hidden size of 1 misses, and for
     settings that it cannot follow.
@@ -54,7 +55,7 @@ def prune(
     batches = calibration(0)
     wide = folded(model)
     size = wide.config.hidden_size
-    width = _width(wide.config, wanted)
+    width = kept_as_published(size, settings) or _width(wide.config, wanted)
     absorb_rotations(wide, batches, width)
     sliced = rebuilt(wide, _sliced_config(wide.config, width), lambda _, tensor: tensor)
     more = parameters_at(sliced.config, width + 1) - count_parameters(sliced)

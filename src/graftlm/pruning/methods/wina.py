@@ -19,6 +19,7 @@ from graftlm.pruning.inputs import column_norms, watch_inputs
 from graftlm.pruning.layer_sparsity import allocation
 from graftlm.pruning.prune import iterate
 from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.ways import iterations_of
 
 
 def wina(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -42,5 +43,5 @@ def prune(
     model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
 ) -> Pruned:
     allocate = allocation(settings, uniform=True)
-    iterations = settings.iterations or 1
+    iterations = iterations_of(settings)
     return iterate(model, settings, calibration, heard, measure=wina, allocate=allocate, iterations=iterations)

@@ -26,7 +26,8 @@ def shrunk_card(model: PreTrainedModel, task: Shrink, summary: dict[str, Any]) -
         "## Phases",
         markdown_table(rows(summary)),
         "Losses are means over held-out tokens in nats: before the phase prunes, after that, and after it has trained. "
-        "Seconds: of pruning, with opening, measuring and saving, + of training.",
+        "Calibration: tokens that pruning looked at. Seconds: of pruning, with opening, measuring and saving, + of "
+        "training.",
         "## How to use it",
         how_to_open(has_own_class(model)),
         "## Layers",

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graftlm.pruning.calibration import TOKENS_A_PASS
+from graftlm.pruning.base import TOKENS_A_PASS
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shrink.config import Shrink
 from graftlm.pruning.shrink.phase_pruning import prune_settings
 from graftlm.pruning.shrink.phases import Phase
 from graftlm.pruning.shrink.run import plan_phases
+from graftlm.pruning.ways import iterations_of, sequences_seen
 from graftlm.reporting import figures
 from graftlm.training.arguments import check_optimizer
 from graftlm.training.estimates import estimate
@@ -26,7 +27,8 @@ from graftlm.training.plan import load_skeleton
 def dry_run(task: Shrink, *, console: Console | None = None) -> dict[str, Any]:
     """Print the phases with sizes, steps, tokens and time, and the memory of all; returns them.
 
-    Of the JSON values: `phases` (each with number, parameters, first, end, tokens, seconds, prune_seconds),
+    Of the JSON values: `phases` (each with number, parameters, first, end, tokens, calibration_tokens,
+    seconds, prune_seconds),
     original_parameters, target_parameters, steps, tokens, seconds (None where they are not known), peak_memory_bytes.
     Raises UserError for what a shrink would refuse.
     """
@@ -54,7 +56,8 @@ def _phase(task: Shrink, phase: Phase, planned: dict[str, Any], run: dict[str, A
     before = planned["phases"][phase.number - 2]["parameters"] if phase.number > 1 else planned["original_parameters"]
     step, tokens = run["estimated_step_seconds"], run["tokens_per_step"]
     pruning = prune_settings(task, phase, len(planned["phases"]))
-    seen = _tokens_seen(pruning, planned["original_shapes"]) if before > phase.parameters else 0
+    prunes = before > phase.parameters
+    seen = _tokens_seen(pruning, planned["original_shapes"]) if prunes else 0
     whole = planned["original_parameters"]
     return {
         "number": phase.number,
@@ -63,6 +66,7 @@ def _phase(task: Shrink, phase: Phase, planned: dict[str, Any], run: dict[str, A
         "first": phase.first,
         "end": phase.end,
         "tokens": phase.steps * tokens,
+        "calibration_tokens": sequences_seen(pruning) * pruning.sample_length if prunes else 0,
         "seconds": None if step is None else phase.steps * step * phase.parameters / whole,
         "prune_seconds": None if step is None else seen / tokens * step * before / whole,
     }
@@ -70,20 +74,18 @@ def _phase(task: Shrink, phase: Phase, planned: dict[str, Any], run: dict[str, A
 
 def _tokens_seen(pruning: PruneSettings, shapes: Sequence[Mapping[str, Any]]) -> float:
     """Tokens of training that take as long as a phase's pruning."""
-    tokens = pruning.samples * pruning.sample_length
-    if pruning.method == "sheared":  # steps of training
-        return pruning.sheared_steps * tokens
-    seen = (pruning.iterations or 1) * tokens
+    seen: float = sequences_seen(pruning) * pruning.sample_length
     if pruning.heads_by == "loss":  # forward passes, a third of a step of training, on a pass's tokens
         groups = sum(shape["num_key_value_heads"] for shape in shapes)
-        seen += (pruning.iterations or 1) * groups * min(tokens, max(TOKENS_A_PASS, pruning.sample_length)) / 3
+        tokens = pruning.samples * pruning.sample_length
+        seen += iterations_of(pruning) * groups * min(tokens, max(TOKENS_A_PASS, pruning.sample_length)) / 3
     return seen
 
 
 def _print(task: Shrink, told: dict[str, Any], console: Console) -> None:
     settings = task.settings
     table = Table(header_style="bold", title=f"{settings.model}: {len(told['phases'])} phases, {settings.schedule}")
-    for name in ("phase", "parameters", "fewer", "steps", "tokens", "pruning", "training"):
+    for name in ("phase", "parameters", "fewer", "steps", "tokens", "calibration", "pruning", "training"):
         table.add_column(name, justify="right")
     table.add_row("original", figures.integer(told["original_parameters"]))
     for phase in told["phases"]:
@@ -93,6 +95,7 @@ def _print(task: Shrink, told: dict[str, Any], console: Console) -> None:
             f"{phase['removed_share']:.2%}",
             f"{phase['first'] + 1:,} to {phase['end']:,}",
             figures.count(phase["tokens"]),
+            figures.count(phase["calibration_tokens"]),
             figures.duration(phase["prune_seconds"]),
             figures.duration(phase["seconds"]),
         )

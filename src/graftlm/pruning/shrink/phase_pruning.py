@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -27,6 +28,7 @@ from graftlm.pruning.shrink.config import Shrink
 from graftlm.pruning.shrink.folders import PhaseFolder
 from graftlm.pruning.shrink.phases import Phase
 from graftlm.pruning.surgery import kept_slices
+from graftlm.pruning.ways import WAYS, sequences_seen
 from graftlm.training.checkpoints import list_checkpoints
 from graftlm.training.data import prepare_data
 from graftlm.training.data.dynamic import DynamicBlocks
@@ -34,23 +36,25 @@ from graftlm.training.layout import run_device
 from graftlm.training.phases import write_phase_start
 from graftlm.training.run_folder import check_same_data
 
-ADAPT_ITERATIONS = 50
-"""Of Adapt-Pruner from the original to the target, which phases share out."""
-
 
 def prune_settings(shrink: Shrink, phase: Phase, phases: int) -> PruneSettings:
     """How a phase of so many prunes; each sees calibration sequences of its own."""
     settings = shrink.prune
-    iterations = settings.iterations
-    if iterations is None and settings.method == "adapt":
-        iterations = math.ceil(ADAPT_ITERATIONS / phases)
+    iterations, whole = settings.iterations, WAYS[settings.method].iterations
+    if iterations is None and whole is not None:  # from the original to the target, which phases share out
+        iterations = math.ceil(whole / phases)
     return dataclasses.replace(
         settings,
         iterations=iterations,
         sparsity=None,
         target_parameters=phase.parameters,
-        seed=settings.seed + phase.number - 1,
+        seed=settings.seed if phase.number == 1 else _mixed(settings.seed, phase.number),
     )
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A seed of its own for every pair: those of a trial's phases are not other trials', as sums would be."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
 def prune_phase(
@@ -102,6 +106,7 @@ def prune_phase(
         "reference_losses": references,
         "shapes": [shape.overrides() for shape in shapes_of(model)],
         "layer_importance": [step.layer_importance for step in pruned.steps] if pruned else [],
+        "calibration_tokens": sequences_seen(settings) * settings.sample_length if pruned else 0,
         "notes": list(notes_on(pruned)) if pruned else [],
     }
     with atomic_folder(folder.pruned) as temporary:

@@ -18,7 +18,7 @@ from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import locked, plain_disk_errors, read_json, remove_unfinished, write_json, write_text
 from graftlm.models import load_model, load_tokenizer
-from graftlm.parts import count_parameters
+from graftlm.parts import count_parameters, layer_parameters
 from graftlm.pruning.base import PruneStep
 from graftlm.pruning.saving import save_pruned
 from graftlm.pruning.shapes import shapes_of
@@ -35,6 +35,7 @@ from graftlm.training.checkpoints import list_checkpoints
 from graftlm.training.config import RunConfig
 from graftlm.training.plan import load_skeleton
 from graftlm.training.run import train_one
+from graftlm.training.run_folder import is_elsewhere
 
 FIRST = "phase_01/pruned/phase.json"
 """What is there once something depends on the settings."""
@@ -42,7 +43,7 @@ ONCE = ("slicegpt",)
 """Methods that cannot prune what they have pruned."""
 FREE = {
     *("keep", "train.save_total_limit", "train.report_to", "train.logging_steps"),
-    *("train.per_device_eval_batch_size",),
+    *("train.per_device_eval_batch_size", "train.save_steps", "train.cache_dir"),
 }
 """What may differ when a shrink goes on, without changing a weight."""
 
@@ -113,6 +114,7 @@ def plan_phases(task: Shrink) -> dict[str, Any]:
     return {
         "original_parameters": original,
         "original_shapes": [shape.overrides() for shape in shapes_of(model)],
+        "original_layer_parameters": layer_parameters(model),
         "target_parameters": target,
         "phases": [dataclasses.asdict(phase) for phase in phases],
     }
@@ -228,13 +230,21 @@ def _free() -> None:
 
 def _check_same_config(task: Shrink) -> None:
     path = task.folder / "config.yaml"
-    old, new = _flat(load_shrink(path).to_dict()), _flat(task.to_dict())
+    before = load_shrink(path)
+    old, new = _flat(before.to_dict()), _flat(task.to_dict())
     changed = [key for key in new if new[key] != old.get(key) and key not in FREE]
+    changed = [key for key in changed if not _is_elsewhere(key, before, task)]
     if changed:
         raise UserError(
             f"{path}: {changed[0]} was {old.get(changed[0])!r} and is now {new[changed[0]]!r}; a shrink that goes on "
             "keeps its settings (give another output_dir for a new one)"
         )
+
+
+def _is_elsewhere(key: str, before: Shrink, task: Shrink) -> bool:
+    """Whether a setting, by its dotted name, names what it did, at another place."""
+    of_a_run = key.removeprefix("train.").partition(".")[0]
+    return is_elsewhere(of_a_run, before.run, task.run)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

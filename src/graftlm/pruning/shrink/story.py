@@ -5,6 +5,7 @@ summary.json:
     model, method, recovery, schedule, shares, interleaves, keep_moments, distillation   as resolved; method: of pruning
     original_parameters, target_parameters, parameters   of the model before, as asked, and after
     original_shapes, shapes   of every layer: num_attention_heads, num_key_value_heads, intermediate_size
+    original_layer_parameters   of every layer
     steps, tokens        of all phases
     seconds              of training, without evaluation and saving; prune_seconds: of everything else a phase does
                          before it trains; total_seconds: both
@@ -13,7 +14,7 @@ summary.json:
     phases               a list, one object a phase:
         phase, target_parameters, parameters_before, parameters, removed_share (of parameters_before)
         first_step, steps, tokens, learning_rate (at its end)
-        prune_seconds, seconds (of training)
+        prune_seconds, seconds (of training), calibration_tokens (that pruning looked at)
         eval_loss_before_pruning, eval_loss_after_pruning, eval_loss_end
         shapes           of every layer after pruning
         layer_importance a list by pruning iteration, of every layer's importance, or null
@@ -25,6 +26,7 @@ from phase to phase. Before each phase's, a line `event: prune` with `phase`, `s
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,7 @@ def summarise(task: Shrink, plan: dict[str, Any], folders: Sequence[PhaseFolder]
                 "tokens": told["tokens"] - tokens,
                 "learning_rate": rates[-1]["learning_rate"] if rates else None,
                 "prune_seconds": facts["seconds"],
+                "calibration_tokens": facts.get("calibration_tokens"),
                 "seconds": round(told["seconds"] - seconds, 3),
                 "eval_loss_before_pruning": facts["eval_loss_before_pruning"],
                 "eval_loss_after_pruning": facts["eval_loss_after_pruning"],
@@ -113,6 +116,7 @@ def summarise(task: Shrink, plan: dict[str, Any], folders: Sequence[PhaseFolder]
         "target_parameters": plan["target_parameters"],
         "parameters": phases[-1]["parameters"],
         "original_shapes": plan["original_shapes"],
+        "original_layer_parameters": plan.get("original_layer_parameters"),
         "shapes": phases[-1]["shapes"],
         "steps": task.run.max_steps,
         "tokens": tokens,
@@ -134,9 +138,9 @@ def _note(note: str, where: Sequence[int], phases: int) -> str:
 
 
 def rows(summary: dict[str, Any]) -> list[list[str]]:
-    """The table of phases, its header first: losses before pruning, after it and after training; seconds of pruning and
-    of training."""
-    table = [["phase", "parameters", "fewer", "steps", "tokens", "loss", "pruned", "trained", "seconds"]]
+    """The table of phases, its header first: losses before pruning, after it and after training; tokens of calibration
+    that pruning looked at; seconds of pruning and of training."""
+    table = [["phase", "parameters", "fewer", "steps", "tokens", "loss", "pruned", "trained", "calibration", "seconds"]]
     for phase in summary["phases"]:
         losses = [phase[f"eval_loss_{when}"] for when in ("before_pruning", "after_pruning", "end")]
         table.append(
@@ -147,6 +151,7 @@ def rows(summary: dict[str, Any]) -> list[list[str]]:
                 figures.integer(phase["steps"]),
                 figures.count(phase["tokens"]),
                 *map(figures.loss, losses),
+                figures.count(phase["calibration_tokens"]),
                 f"{phase['prune_seconds']:,.0f} + {phase['seconds']:,.0f}",
             ]
         )
@@ -173,3 +178,7 @@ def print_summary(summary: dict[str, Any], folder: Path, *, console: Console | N
     for note in summary["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(f"model: {folder / 'model'}", soft_wrap=True, highlight=False)
+    if any(shape != summary["shapes"][0] for shape in summary["shapes"]):
+        words = ["graftlm", "shrink", str(folder / "config.yaml"), "prune.uniform=true", f"output_dir={folder}-uniform"]
+        command = f"compare it with its uniform control: {shlex.join(words)}"
+        console.print(command, soft_wrap=True, highlight=False, markup=False)

@@ -74,3 +74,19 @@ def evaluation_dataset(
         rows.append(np.stack([np.full(count, number), picked], axis=1))
     index = np.concatenate(rows)[:max_blocks]
     return BlockDataset([source.evaluation for source in sources], index) if len(index) else None
+
+
+def not_evaluated(
+    sources: Sequence[SourceBlocks], configs: Sequence[SourceConfig], evaluation: BlockDataset | None
+) -> list[str]:
+    """A note on sources of which evaluation_dataset has taken nothing, though something is held out."""
+    there = set(evaluation.index[:, 0]) if evaluation is not None else set()
+    paths = [
+        config.path
+        for number, (source, config) in enumerate(zip(sources, configs, strict=True))
+        if len(source.evaluation_numbers) and number not in there
+    ]
+    if not paths:
+        return []
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return [f"nothing of {paths[0]}{more} is evaluated, for eval_max_blocks is small; raise it"]

@@ -14,7 +14,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from graftlm.errors import UserError
-from graftlm.files import atomic_folder, read_json, write_json
+from graftlm.files import atomic_folder, make_once, read_json, write_json
 from graftlm.training.data.packing import Block
 from graftlm.training.data.statistics import Counts
 
@@ -124,21 +124,25 @@ def cached_blocks(
 ) -> tuple[BlockFile, BlockFile, Counts]:
     """Training blocks, held-out blocks and counts in `folder`; if it is missing, written from (held out?, block) pairs.
 
-    Killed in the middle, nothing is left under the folder's name.
+    Killed in the middle, nothing is left under the folder's name. Another process that wants the same data waits until
+    they are written.
     """
-    if not folder.exists():
-        _remove_abandoned(folder)
-        with atomic_folder(folder) as temporary:
-            train, held_out = (BlockWriter(temporary / name, max_length) for name in (TRAIN, HELD_OUT))
-            for held, block in blocks:
-                (held_out if held else train).add(block)
-            train.close()
-            held_out.close()
-            write_json(temporary / COUNTS, asdict(counts))
+    make_once(folder, lambda: _write(folder, blocks, counts, max_length))
     try:
         return BlockFile(folder / TRAIN), BlockFile(folder / HELD_OUT), Counts(**read_json(folder / COUNTS))
     except (OSError, pa.ArrowInvalid, UserError) as error:
         raise UserError(f"{folder}: the cache is damaged ({error}); delete that folder and start again") from error
+
+
+def _write(folder: Path, blocks: Iterator[tuple[bool, Block]], counts: Counts, max_length: int) -> None:
+    _remove_abandoned(folder)
+    with atomic_folder(folder) as temporary:
+        train, held_out = (BlockWriter(temporary / name, max_length) for name in (TRAIN, HELD_OUT))
+        for held, block in blocks:
+            (held_out if held else train).add(block)
+        train.close()
+        held_out.close()
+        write_json(temporary / COUNTS, asdict(counts))
 
 
 def _remove_abandoned(folder: Path) -> None:

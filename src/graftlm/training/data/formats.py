@@ -12,7 +12,7 @@ from typing import Any
 
 from graftlm.errors import UserError
 from graftlm.training.config import SourceConfig
-from graftlm.training.data.readers import Row, split_row
+from graftlm.training.data.readers import Row, check_characters, split_row
 from graftlm.training.data.statistics import Counts
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -98,6 +98,7 @@ def iterate_documents(
             if row.first and row.last and not text.strip():
                 counts.empty += 1
                 continue
+            check_characters(text, row.where)
             yield TextDocument(text, index, row.first, row.last, row.where)
         else:
             yield _conversation(row, source, format_name, index)
@@ -125,11 +126,17 @@ def _conversation(row: Row, source: SourceConfig, format_name: str, index: int) 
     elif format_name == "prompt_completion":
         messages = _as_turns(values[0], "user", row.where) + _as_turns(values[1], "assistant", row.where)
     else:
-        question = "\n\n".join(part for part in (values[0], row.fields.get("input")) if part)
+        asked = {"instruction": values[0], "input": row.fields.get("input")}
+        for name, part in asked.items():
+            if not isinstance(part, str | None):
+                raise UserError(f"{row.where}: column {name} is {type(part).__name__}, not text; mend the row")
+        question = "\n\n".join(part for part in asked.values() if part)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": values[1]}]
     if system:
         messages = [{"role": "system", "content": system}, *messages]
-    return Conversation(_checked(messages, row.where), _tools(row), index, row.where)
+    found = Conversation(_checked(messages, row.where), _tools(row), index, row.where)
+    check_characters([found.messages, found.tools], row.where)
+    return found
 
 
 def _from_sharegpt(turns: Any, where: str) -> list[dict[str, Any]]:
@@ -142,7 +149,7 @@ def _from_sharegpt(turns: Any, where: str) -> list[dict[str, Any]]:
             continue
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             raise UserError(f"{where}: turn {number} needs the keys from and value; mend the row")
-        if turn["from"] not in SHAREGPT_ROLES:
+        if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
             raise UserError(
                 f"{where}: turn {number}: unknown role {turn['from']!r}; known are {', '.join(SHAREGPT_ROLES)}"
             )

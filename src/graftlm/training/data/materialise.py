@@ -11,7 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from graftlm.errors import UserError
 from graftlm.files import cache_root
 from graftlm.training.config import RunConfig, SourceConfig
-from graftlm.training.data.blocks import BlockDataset, SourceBlocks, evaluation_dataset
+from graftlm.training.data.blocks import BlockDataset, SourceBlocks, evaluation_dataset, not_evaluated
 from graftlm.training.data.cache import BlockFile, cache_key, cached_blocks, tokenizer_fingerprint
 from graftlm.training.data.dynamic import DynamicBlocks
 from graftlm.training.data.mixture import index_of_epoch, mixed_index
@@ -49,6 +49,7 @@ def prepare_cached(
         train = _dynamic(config, sources, held)
         notes.append("dynamic_loading: shares are those that it begins with")
     evaluation = evaluation_dataset(held, config.eval_data or config.data, config.eval_max_blocks)
+    notes += not_evaluated(held, config.eval_data or config.data, evaluation)
     statistics = _statistics(config, sources, index, evaluation, notes)
     return train, evaluation, statistics
 
@@ -79,9 +80,16 @@ def _source_blocks(
     rule = HoldOutRule(fraction)
     train, held, counts = _cached(pipeline, rule, key, fingerprint, progress)
     if fraction and not held and counts.documents > 1:
-        # Few documents, and the hash picked none: take the one it comes closest to.
-        chosen = min(range(1, counts.documents + counts.empty), key=hold_out_score)
-        train, held, counts = _cached(pipeline, chosen.__eq__, key | {"chosen": chosen}, fingerprint, progress)
+        # Few documents, and the hash picked none: take the one it comes closest to, of those that have blocks.
+        whole, closest = (train, held, counts), sorted(range(1, counts.documents + counts.empty), key=hold_out_score)
+        for turn, chosen in enumerate(closest):
+            if turn and not _has_blocks(pipeline, chosen):  # the first nearly always has, and costs no reading more
+                continue
+            train, held, counts = _cached(pipeline, chosen.__eq__, key | {"chosen": chosen}, fingerprint, progress)
+            if held:
+                break
+        else:
+            train, held, counts = whole
     if not len(train):
         raise nothing_left(pipeline, counts)
     sizes = train.sizes()
@@ -99,6 +107,11 @@ def _source_blocks(
         notes.append(f"{path}: a single block, so nothing is held back for evaluation; set eval_data")
     keep = len(train) - last
     return SourceBlocks(train, sizes[:keep], train, np.arange(keep, len(train)), counts)
+
+
+def _has_blocks(pipeline: SourcePipeline, number: int) -> bool:
+    """False for a document that is empty or was dropped."""
+    return any(pipeline.blocks(Counts(), number.__eq__, only="held_out"))
 
 
 def evaluation_blocks(pipeline: SourcePipeline, progress: bool) -> SourceBlocks:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from graftlm.training.data.collate import Collator
 from graftlm.training.data.dynamic import DynamicBlocks
 from graftlm.training.data.materialise import evaluation_blocks, prepare_cached
 from graftlm.training.data.pipeline import HoldOutRule, SourcePipeline
+from graftlm.training.data.readers import ROW_SUFFIXES, suffix
 from graftlm.training.data.sources import source_bytes, source_choice, source_content
 from graftlm.training.data.statistics import DataStatistics
 from graftlm.training.data.streaming import StreamedBlocks, first_blocks, prepare_stream
@@ -88,10 +90,16 @@ def _content(pipelines: Sequence[SourcePipeline], tokenizer: PreTrainedTokenizer
     if None in contents:
         return None
     read = [
-        {**pipeline.settings(), "source": {**source_choice(pipeline.source), "content": content}}
+        {**pipeline.settings(), "source": {**source_choice(pipeline.source), "content": content, **_read_as(pipeline)}}
         for pipeline, content in zip(pipelines, contents, strict=True)
     ]
     return cache_key(tokenizer=tokenizer_fingerprint(tokenizer), sources=read, seed=config.seed)
+
+
+def _read_as(pipeline: SourcePipeline) -> dict[str, str]:
+    """How the bytes of a single file are read, where its name says so and not what is in it; rows are left unsaid."""
+    path = Path(pipeline.source.path).expanduser()
+    return {"read": "text"} if path.is_file() and suffix(path) not in ROW_SUFFIXES else {}
 
 
 def _task(config: RunConfig, pipelines: Sequence[SourcePipeline]) -> Literal["cpt", "sft"]:

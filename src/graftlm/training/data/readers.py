@@ -84,6 +84,18 @@ def split_row(row: Row, text_field: str) -> Iterator[Row]:
         first = False
 
 
+def check_characters(value: Any, where: str) -> None:
+    """Raise UserError where a text (in `value`: one, or lists and mappings of them) holds a lone surrogate: JSON may
+    spell it (\\ud83d), but it is half of a character, which no tokenizer takes."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: {text[error.start]!a} is half of a character (a lone surrogate); mend or remove the row"
+        ) from error
+
+
 def read_file(path: Path, text_field: str, *, table: bool) -> Iterator[Row]:
     """The rows of a .jsonl, .json or .parquet file (`table`), or any other file as one text document."""
     if not table:

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from graftlm.errors import UserError
 from graftlm.training.config import RunConfig
-from graftlm.training.data.blocks import BlockDataset, SourceBlocks, evaluation_dataset
+from graftlm.training.data.blocks import BlockDataset, SourceBlocks, evaluation_dataset, not_evaluated
 from graftlm.training.data.materialise import nothing_left
 from graftlm.training.data.mixture import interleave
 from graftlm.training.data.packing import Block
@@ -28,7 +28,8 @@ class StreamedBlocks(IterableDataset[dict[str, np.ndarray]]):
 
     So skipping the first n batches resumes a run exactly (they are tokenised again, not trained on), and no pass over
     the data ends in a step of its own. Order is that of the data: shuffle the files beforehand if they are sorted.
-    Ranks: let accelerate dispatch or shard. Loader workers each read everything and hand on their share.
+    Ranks: accelerate's sharding (dispatch_batches=False) lets each read everything and take its share of every batch;
+    its dispatching fails on batches of unequal length. Loader workers each read everything and hand on their share.
     """
 
     def __init__(self, streams: Sequence[BlockStream], weights: Sequence[float], seed: int) -> None:
@@ -67,10 +68,11 @@ def prepare_stream(
     if not sample:
         raise nothing_left(pipelines[0], counts[0])
 
-    evaluation = None
+    evaluation, notes = None, [f"streaming: shares and counts are those of the first {len(sample)} blocks"]
     if evaluated or fraction:
         kept = [first_blocks(pipeline, rule) for pipeline in evaluated or pipelines]
         evaluation = evaluation_dataset(kept, config.eval_data or config.data, config.eval_max_blocks)
+        notes += not_evaluated(kept, config.eval_data or config.data, evaluation)
     tokens = sum(len(block) for block in sample)
     supervised = sum(block.supervised_tokens for block in sample)
     statistics = DataStatistics(
@@ -81,7 +83,7 @@ def prepare_stream(
         supervised_share=supervised / tokens,
         held_out_documents=0,
         evaluation_blocks=len(evaluation) if evaluation is not None else 0,
-        notes=[f"streaming: shares and counts are those of the first {len(sample)} blocks"],
+        notes=notes,
         **truncation(counts),
     )
     return train, evaluation, statistics

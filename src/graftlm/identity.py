@@ -10,11 +10,16 @@ from typing import Any
 from graftlm.configuring import config_to_dict
 from graftlm.content import path_content
 from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.training.data.readers import ROW_SUFFIXES, suffix
 from graftlm.training.data.sources import HUB_PREFIX, source_content
 
 NOT_PART = {"output_dir", "cache_dir", "control", "report_to", "logging_steps", "save_steps", "save_total_limit"}
 """Settings that change neither a weight nor an evaluation."""
 SOURCES = ("data", "eval_data", "selection_data")
+NAMED = (*SOURCES, "model", "chat_template", "distillation")
+"""Settings that name files or folders."""
+SETTINGS = "settings.json"
+"""Of a run folder of a comparison or a pilot: settings_of its config."""
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
@@ -23,12 +28,16 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     A dataset or model of the Hub stands by its name: that it changed under it is not noticed.
     """
     settings = {key: value for key, value in config_to_dict(config).items() if key not in NOT_PART}
-    for key in SOURCES:
-        settings[key] = content_of_sources(getattr(config, key))
-    for key in ("model", "chat_template"):
-        settings[key] = by_content(settings[key])
-    settings["distillation"] = {**settings["distillation"], "teacher": by_content(settings["distillation"]["teacher"])}
-    return settings
+    return settings | {key: content_of(config, key) for key in NAMED}
+
+
+def content_of(config: RunConfig, key: str) -> Any:
+    """One of NAMED by what is in its files, as JSON. Raises UserError for data that are not there."""
+    if key in SOURCES:
+        return content_of_sources(getattr(config, key))
+    if key == "distillation":
+        return {**config_to_dict(config.distillation), "teacher": by_content(config.distillation.teacher)}
+    return by_content(getattr(config, key))
 
 
 def content_of_sources(sources: Sequence[SourceConfig]) -> list[dict[str, Any]]:
@@ -54,8 +63,9 @@ def key_of(settings: Mapping[str, Any]) -> str:
 
 
 def same_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a finished run's settings are those of another with the same key: a default may have changed since."""
-    return _agree(_without_names(old), _without_names(new))
+    """Whether a finished run's settings are those of another with the same key: a default may have changed since, or
+    the same bytes be read as rows and not as text, which a file's suffix decides."""
+    return _agree(_without_names(old, as_read=True), _without_names(new, as_read=True))
 
 
 def _agree(old: Any, new: Any) -> bool:
@@ -81,12 +91,15 @@ def _changed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _without_names(value: Any) -> Any:
+def _without_names(value: Any, *, as_read: bool = False) -> Any:
+    """Settings without what files are called; as_read: with whether their names say that they hold rows."""
     if isinstance(value, Mapping) and "content" in value:
-        return {key: item for key, item in value.items() if key != "path" or value["content"] is None}
+        found = {key: item for key, item in value.items() if key != "path" or value["content"] is None}
+        rows = suffix(Path(str(value.get("path")))) in ROW_SUFFIXES
+        return found | ({"rows": rows} if as_read else {})
     if isinstance(value, Mapping):
-        return {key: _without_names(item) for key, item in value.items()}
-    return [_without_names(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _without_names(item, as_read=as_read) for key, item in value.items()}
+    return [_without_names(item, as_read=as_read) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _source_name(source: SourceConfig) -> str:
