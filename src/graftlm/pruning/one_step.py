@@ -28,7 +28,8 @@ def wanted_parameters(model: PreTrainedModel, settings: PruneSettings) -> int:
     if settings.iterations not in (None, 1):
         raise UserError(f"prune: {settings.method} prunes in one step, not {settings.iterations}; leave iterations out")
     if settings.heads_by != "method":
-        raise UserError(f"prune: {settings.method} does not rank heads within a layer; leave heads_by out")
+        given = "heads_by" if settings.preset is None else f"preset: {settings.preset} (or set heads_by: method)"
+        raise UserError(f"prune: {settings.method} does not rank heads within a layer; leave out {given}")
     return asked_parameters(model, settings)
 
 
