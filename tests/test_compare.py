@@ -266,7 +266,7 @@ def test_copies_of_one_run_have_no_interval(tmp_path):
 
     def tasks(cell):
         scores = {"asked": ["arc_easy"], "limit": None, "results": {"arc_easy": {"acc": 0.1 * cell.seed}}, "data": {}}
-        return scores if cell.wants_tasks else {}
+        return scores if cells.tasks(cell) else {}
 
     while todo := cells.open():
         loss = loss_of(dataclasses.replace(todo[0], seed=0)) + 1e-5 * todo[0].seed * (todo[0].arm == "apex")

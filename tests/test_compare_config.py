@@ -55,6 +55,7 @@ def load(tmp_path, text, *overrides):
         (BASE.replace("eval_data: b.jsonl", "eval_fraction: 0") + "variants: {a: {}}\n", "base.eval_data: there is"),
         (BASE + "variants: {a: {}}\nseeds: [0, 0]\n", "c.yaml:7: seeds: [0, 0] has a value twice"),
         (BASE + "variants: {a: {}}\nseeds: [0]\nselection_seeds: [1]\n", "c.yaml:8: selection_seeds: 1 is not among"),
+        (BASE + "variants: {a: {}}\ntask_batch_size: 0\n", "c.yaml:7: task_batch_size: 0 must be at least 1"),
         (BASE + "variants: {a: {}}\nlearning_rates: [0]\n", "c.yaml:7: learning_rates: every value must be above 0"),
         (
             BASE + "variants:\n  a:\n    learning_rate: 1e-3\n    learning_rates: [1e-3]\n",

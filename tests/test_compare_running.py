@@ -246,7 +246,7 @@ def test_tasks_go_through_graftlm_eval(in_this_process, monkeypatch, tmp_path):
     _, cells = opened(write_comparison(tmp_path, tasks=["arc_easy"], task_limit=4, task_data_dir="D"))
     cell = cells.open()[0]
     config = dataclasses.replace(cell.config, output_dir=str(tmp_path / "run"))
-    tasks = Tasks(("arc_easy",), limit=4, data_dir="D", allow_code_execution=True, trust_remote_code=True)
+    tasks = Tasks(("arc_easy",), limit=4, data_dir="D", batch_size=8, allow_code_execution=True, trust_remote_code=True)
     monkeypatch.setattr(process.subprocess, "Popen", popen)
     record = run_record(config, cell.settings, tasks=tasks)
     assert record["tasks"]["results"]["arc_easy"]["acc"] == 0.25
@@ -254,8 +254,42 @@ def test_tasks_go_through_graftlm_eval(in_this_process, monkeypatch, tmp_path):
     words = asked[0][3:]
     assert words[:2] == ["eval", str(tmp_path / "run" / "model")]
     assert words[words.index("--tasks") + 1] == "arc_easy" and words[words.index("--limit") + 1] == "4"
-    assert words[words.index("--data-dir") + 1] == "D" and "--allow-code-execution" in words
+    assert words[words.index("--data-dir") + 1] == "D" and words[words.index("--batch-size") + 1] == "8"
+    assert "--allow-code-execution" in words
     assert cli.parse(words).trust_remote_code
+
+
+def test_only_the_chosen_learning_rate_is_evaluated(in_this_process, monkeypatch, tmp_path):
+    """Models wait until the choice is made; then the others go, and after its evaluation the chosen one too."""
+    out = tmp_path / "out"
+    evaluated = []
+
+    def evaluate(model, *rest):
+        evaluated.append(Path(model).parent.name)
+        waiting.append(sorted(path.parent.name for path in out.glob("cells/*/model")))
+        if fails:
+            raise RunFailed("the harness broke")
+        return {"results": {"arc_easy": {"acc": 0.25, "acc_stderr": 0.1, "n": 4, "shots": 0}}}
+
+    waiting, fails = [], True
+    monkeypatch.setattr(process, "evaluate", evaluate)
+    monkeypatch.setattr(Tasks, "check", lambda tasks: None)
+    changes = {"seeds": [0, 1], "selection_seeds": [0], "plain_multiples": [1, 2], "learning_rates": [1e-3, 3e-3]}
+    path = write_comparison(tmp_path, tasks=["arc_easy"], variants={"apex": {"method": "apex"}}, **changes)
+    with pytest.raises(UserError, match=r"4 of the comparison's runs failed.*the harness broke"):
+        compare(path, console=quiet())
+    # An evaluation that fails changes no choice.
+    assert len(in_this_process) == 8 and len(set(evaluated)) == len(evaluated) == 4
+    fails = False
+    evaluated.clear(), waiting.clear()
+    summary = compare(path, console=quiet())
+    assert len(in_this_process) == 8  # what was trained is only evaluated now
+    rates = {arm["name"]: arm["learning_rate"] for arm in summary["arms"]}
+    wanted = [cell for cell in opened(path)[1].wanted() if cell.multiple == 1 and cell.learning_rate == rates[cell.arm]]
+    assert sorted(evaluated) == sorted(cell.folder for cell in wanted) and len(wanted) == 4
+    assert all(by_name(summary, name)["tasks"]["arc_easy"]["mean"] == 0.25 for name in rates)
+    assert waiting == [sorted(evaluated[number:]) for number in range(4)]
+    assert not list(out.glob("cells/*/model"))
 
 
 def test_a_folder_of_other_settings_is_no_finished_run(in_this_process, tmp_path):

@@ -91,6 +91,7 @@ def test_what_is_refused(text, said, tmp_path, monkeypatch):
         ("sparsities=[]", "sparsities: there is no size to prune to"),
         ("seeds=[1,1]", "seeds: [1, 1] has a value twice"),
         ("target_parameters=[0]", "target_parameters: 0 must be at least 1"),
+        ("task_batch_size=0", "task_batch_size: 0 must be at least 1"),
         ("perplexity=[a/t.txt,b/t.txt]", "perplexity: two texts have the same file name"),
     ],
 )

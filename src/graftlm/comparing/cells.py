@@ -28,7 +28,6 @@ class Cell:
     key: str
     settings: dict[str, Any]
     """identity.settings_of its config."""
-    wants_tasks: bool
 
     @property
     def title(self) -> str:
@@ -99,12 +98,31 @@ class Cells:
 
     def record(self, cell: Cell | None) -> Record | None:
         """The finished run of a cell, with all the tasks that it was to be evaluated on."""
-        if cell is None:
+        record = self._trained(cell)
+        if cell is None or record is None:
             return None
-        record = self.results.get(cell.key, cell.settings)
-        if record is None or (cell.wants_tasks and not self._tasks.answered(record["tasks"])):
+        tasks = self.tasks(cell)
+        return record if tasks is None or tasks.answered(record["tasks"]) else None
+
+    def tasks(self, cell: Cell) -> Tasks | None:
+        """What a run is evaluated on: plain training at other lengths, and a learning rate that is not (or not yet)
+        chosen, on nothing."""
+        if not self._tasks.asked or cell.multiple != 1 or not self._is_chosen(cell):
             return None
-        return record
+        return dataclasses.replace(self._tasks, trust_remote_code=cell.config.trust_remote_code)
+
+    def settled(self, cell: Cell) -> bool:
+        """Whether nothing more is wanted of a cell's model."""
+        if self._tasks.asked and cell.multiple == 1 and self.chosen_rate(self.comparison.arm(cell.arm)) is None:
+            return False
+        return self.record(cell) is not None
+
+    def _trained(self, cell: Cell | None) -> Record | None:
+        """The finished run of a cell, evaluated on tasks or not."""
+        return None if cell is None else self.results.get(cell.key, cell.settings)
+
+    def _is_chosen(self, cell: Cell) -> bool:
+        return self.chosen_rate(self.comparison.arm(cell.arm)) == cell.learning_rate
 
     def rates(self, arm: Arm, seed: int) -> tuple[float, ...]:
         """Learning rates that `arm` is run at with this seed, as far as known."""
@@ -115,16 +133,17 @@ class Cells:
 
     def chosen_rate(self, arm: Arm) -> float | None:
         """The learning rate with the lowest loss on the selection data, on average over the selection seeds; None as
-        long as a run is missing. One at which a run failed (it diverged, say) is not in the running."""
+        long as a run is missing. One at which training failed (it diverged, say) is not in the running."""
         if len(arm.learning_rates) == 1:
             return arm.learning_rates[0]
         losses: dict[float, float] = {}
         for rate in arm.learning_rates:
             cells = [self.cell(arm, seed, rate) for seed in self.comparison.selection_seeds]
-            records = [self.record(cell) for cell in cells]
-            if any(cell is not None and self.failed(cell.key) for cell in cells):
+            records = [self._trained(cell) for cell in cells]
+            missing = [cell for cell, record in zip(cells, records, strict=True) if record is None]
+            if any(cell is not None and self.failed(cell.key) for cell in missing):
                 continue
-            if any(record is None for record in records):
+            if missing:
                 return None
             losses[rate] = sum(record["selection_loss"] for record in records if record) / len(records)
         return min(losses, key=losses.__getitem__) if losses else None
@@ -144,8 +163,7 @@ class Cells:
                 **_scaled_length(arm.config, multiple),
             )
             settings = settings_of(config)
-            wants_tasks = multiple == 1 and bool(self.comparison.settings.tasks)
-            self._made[made] = Cell(arm.name, seed, rate, multiple, config, key_of(settings), settings, wants_tasks)
+            self._made[made] = Cell(arm.name, seed, rate, multiple, config, key_of(settings), settings)
         return self._made[made]
 
     def _stage_starts(self, arm: Arm, seed: int) -> tuple[int, ...] | None:
@@ -156,7 +174,7 @@ class Cells:
         if (planned := planned_stage_starts(followed.config)) is not None:
             return planned
         for rate in self.rates(followed, seed):  # when stages end depends on tokens, and not on the learning rate
-            if (record := self.record(self.cell(followed, seed, rate))) is not None:
+            if (record := self._trained(self.cell(followed, seed, rate))) is not None:
                 return tuple(record["stage_starts"])
         return None
 

@@ -58,6 +58,8 @@ class CompareConfig:
     """Questions a task; None: all."""
     task_data_dir: str | None = None
     """Folder with the tasks' data (graftlm eval --data-dir); None: from the Hub."""
+    task_batch_size: int = 1
+    """Sequences a pass when tasks are measured: faster above 1, and scores differ by rounding."""
     allow_code_execution: bool = False
     """Let humaneval run, contained, programs that the models wrote."""
     output_dir: str = "runs/compare"
@@ -81,8 +83,10 @@ class CompareConfig:
         for name in ("learning_rates", "plain_multiples"):
             if any(value <= 0 for value in getattr(self, name)):
                 raise UserError(f"{name}: every value must be above 0")
-        if self.task_limit is not None and self.task_limit < 1:
-            raise UserError(f"task_limit: {self.task_limit} must be at least 1")
+        for name in ("task_limit", "task_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: {value} must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def compare(
     if dry_run:
         _print_plan(cells, console)
         return summarise(comparison, cells, failed)
-    if any(cell.wants_tasks for cell in cells.open()):
+    if comparison.settings.tasks and any(cell.multiple == 1 for cell in cells.open()):
         Tasks.of(comparison.settings).check()
     check_writable(comparison.folder)
     check_file(comparison.results_path)  # now rather than when the first run is to be kept
@@ -70,25 +70,31 @@ def compare(
 
 def run_cells(cells: Cells, failed: dict[str, str], minutes: float | None, console: Console) -> None:
     """Run open cells in order, for so many minutes. A failed run is put into `failed`, and the others go on."""
-    settings = cells.comparison.settings
 
     def run(cell: Cell, left: float | None, say: Say) -> str:
         _check_unchanged(cell)
         folder = cells.run_folder(cell)
         config = dataclasses.replace(cell.config, output_dir=str(folder))
-        tasks = Tasks.of(settings) if cell.wants_tasks else None
-        tasks = tasks and dataclasses.replace(tasks, trust_remote_code=config.trust_remote_code)
-        record = run_record(config, cell.settings, tasks=tasks, seconds_left=left, say=say)
+        record = run_record(config, cell.settings, tasks=cells.tasks(cell), seconds_left=left, say=say)
         if record["eval_loss_end"] is None:
             raise UserError(
                 f"{cell.title}: was not evaluated, there was too little data; give base.eval_data, or more data"
             )
         cells.results.put(cell.key, record)
-        if not settings.keep:
-            discard(folder)
+        _discard_settled(cells)
         return f"loss {figures.loss(record['eval_loss_end'])} in {figures.duration(record['wall_seconds'])}"
 
+    _discard_settled(cells)  # what a kill has left
     run_open(cells.open, lambda: Guesses(cells).still, run, failed, minutes, console)
+
+
+def _discard_settled(cells: Cells) -> None:
+    """Delete the models of which nothing more is wanted. One at a learning rate that may still be chosen stays: only
+    the chosen one is evaluated on tasks."""
+    if not cells.comparison.settings.keep:
+        for cell in cells.wanted():
+            if cells.settled(cell):
+                discard(cells.run_folder(cell))
 
 
 def _check_unchanged(cell: Cell) -> None:

@@ -20,6 +20,8 @@ class TaskSettings(Protocol):
     @property
     def task_data_dir(self) -> str | None: ...
     @property
+    def task_batch_size(self) -> int: ...
+    @property
     def allow_code_execution(self) -> bool: ...
 
 
@@ -33,6 +35,8 @@ class Tasks:
     """Questions a task; None: all."""
     data_dir: str | None = None
     """Folder with the tasks' data; None: from the Hub."""
+    batch_size: int = 1
+    """Sequences a pass."""
     allow_code_execution: bool = False
     """HumanEval may run programs that the models wrote."""
     trust_remote_code: bool = False
@@ -40,13 +44,20 @@ class Tasks:
 
     @classmethod
     def of(cls, settings: TaskSettings) -> "Tasks":
-        return cls(settings.tasks, settings.task_limit, settings.task_data_dir, settings.allow_code_execution)
+        return cls(
+            settings.tasks,
+            settings.task_limit,
+            settings.task_data_dir,
+            settings.task_batch_size,
+            settings.allow_code_execution,
+        )
 
     def options(self) -> list[str]:
         """Words of its command line."""
         words = ["--tasks", ",".join(self.asked)] if self.asked else []
         words += ["--limit", str(self.limit)] if self.limit is not None else []
         words += ["--data-dir", self.data_dir] if self.data_dir is not None else []
+        words += ["--batch-size", str(self.batch_size)] if self.batch_size != 1 else []
         words += ["--trust-remote-code"] * self.trust_remote_code
         return words + ["--allow-code-execution"] * self.allow_code_execution
 

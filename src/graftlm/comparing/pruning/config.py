@@ -83,6 +83,8 @@ class PruneCompareConfig:
     """Questions a task; None: all."""
     task_data_dir: str | None = None
     """Folder with the tasks' data (graftlm eval --data-dir); None: from the Hub."""
+    task_batch_size: int = 1
+    """Sequences a pass when perplexity and tasks are measured: faster above 1, and scores differ by rounding."""
     allow_code_execution: bool = False
     """Let humaneval run, contained, programs that the models wrote."""
     output_dir: str = "runs/compare"
@@ -110,7 +112,7 @@ class PruneCompareConfig:
             raise UserError("sparsities: there is no size to prune to; give e.g. sparsities: [0.2, 0.4, 0.6]")
         if any(not 0 < share < 1 for share in self.sparsities):
             raise UserError(f"sparsities: {list(self.sparsities)} must all lie between 0 and 1")
-        for name in ("target_parameters", "max_length", "perplexity_words", "task_limit"):
+        for name in ("target_parameters", "max_length", "perplexity_words", "task_limit", "task_batch_size"):
             given = getattr(self, name)
             for value in given if isinstance(given, tuple) else (given,):
                 if value is not None and value < 1:
