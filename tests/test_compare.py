@@ -188,6 +188,7 @@ def test_scores_of_other_questions_are_not_used(tmp_path):
     for same in (elsewhere, {**given, "task_data_dir": None}, {**elsewhere, "tasks": ["arc_easy:0"]}):
         assert not opened(write_comparison(tmp_path, **same))[1].open()
     assert opened(write_comparison(tmp_path, **{**elsewhere, "tasks": ["arc_easy:5"]}))[1].open()
+    assert opened(write_comparison(tmp_path, **{**elsewhere, "task_dtype": "bfloat16"}))[1].open()
     of_the_hub = {**record, "data": {"arc_easy": {"hub": "allenai/ai2_arc", "name": "ARC-Easy"}}}
     asked = Tasks(("arc_easy",), data_dir=str(tmp_path / "D"))
     assert not asked.answered(of_the_hub) and Tasks(("arc_easy",), data_dir=str(tmp_path)).answered(of_the_hub)
@@ -222,6 +223,11 @@ def test_what_a_run_scored_before_is_kept(tmp_path):
     assert kept(scored(5, "a", "b"), scored(5, "b", "c")) == scored(5, "b", "c")["tasks"]  # b may have other shots
     assert kept(scored(5, "a"), {"settings": {"seed": 0}, "tasks": {}}) == {**scored(5, "a")["tasks"], "data": {}}
     assert kept(scored(5, "a"), scored(9, "b")) == scored(9, "b")["tasks"]  # not of as many questions
+    half = scored(5, "b")
+    half["tasks"]["dtype"] = "bfloat16"
+    assert kept(scored(5, "a"), half) == half["tasks"]
+    half["tasks"]["dtype"] = "float32"  # as those that do not tell
+    assert kept(scored(5, "a"), half)["results"].keys() == {"a", "b"}
     assert kept(scored(5, "a") | {"settings": {"seed": 1}}, scored(5, "b")) == scored(5, "b")["tasks"]
 
 

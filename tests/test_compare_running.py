@@ -246,7 +246,15 @@ def test_tasks_go_through_graftlm_eval(in_this_process, monkeypatch, tmp_path):
     _, cells = opened(write_comparison(tmp_path, tasks=["arc_easy"], task_limit=4, task_data_dir="D"))
     cell = cells.open()[0]
     config = dataclasses.replace(cell.config, output_dir=str(tmp_path / "run"))
-    tasks = Tasks(("arc_easy",), limit=4, data_dir="D", batch_size=8, allow_code_execution=True, trust_remote_code=True)
+    tasks = Tasks(
+        ("arc_easy",),
+        limit=4,
+        data_dir="D",
+        batch_size=8,
+        dtype="bfloat16",
+        allow_code_execution=True,
+        trust_remote_code=True,
+    )
     monkeypatch.setattr(process.subprocess, "Popen", popen)
     record = run_record(config, cell.settings, tasks=tasks)
     assert record["tasks"]["results"]["arc_easy"]["acc"] == 0.25
@@ -255,7 +263,7 @@ def test_tasks_go_through_graftlm_eval(in_this_process, monkeypatch, tmp_path):
     assert words[:2] == ["eval", str(tmp_path / "run" / "model")]
     assert words[words.index("--tasks") + 1] == "arc_easy" and words[words.index("--limit") + 1] == "4"
     assert words[words.index("--data-dir") + 1] == "D" and words[words.index("--batch-size") + 1] == "8"
-    assert "--allow-code-execution" in words
+    assert words[words.index("--dtype") + 1] == "bfloat16" and "--allow-code-execution" in words
     assert cli.parse(words).trust_remote_code
 
 

@@ -75,7 +75,8 @@ def test_pieces_of_a_document_are_one_document():
 @given(lengths_of_documents, st.integers(2, 16), st.booleans(), st.booleans())
 def test_conversations_stay_whole(lengths, max_length, packing, truncate):
     counts = Counts()
-    packer = ConversationPacker(max_length, packing=packing, truncate=truncate, counts=counts)
+    how = "truncate" if truncate else "drop"
+    packer = ConversationPacker(max_length, packing=packing, truncation=how, counts=counts)
     blocks = pack(packer, documents(lengths))
     kept, supervised = {}, 0
     for document in documents(lengths):
@@ -96,6 +97,26 @@ def test_conversations_stay_whole(lengths, max_length, packing, truncate):
     assert counts.truncated_documents == sum(n > max_length and i in kept for i, n in _first_tokens(lengths))
 
 
+@settings(max_examples=60, deadline=None)
+@given(lengths_of_documents, st.integers(2, 16), st.booleans())
+def test_long_conversations_go_on_in_further_blocks(lengths, max_length, packing):
+    counts = Counts()
+    packer = ConversationPacker(max_length, packing=packing, truncation="split", counts=counts)
+    seen = [
+        part.tolist()
+        for block in pack(packer, documents(lengths))
+        for part in np.split(block.input_ids, block.starts[1:] if packing else [])
+    ]
+    wanted, dropped = [], 0
+    for document in documents(lengths):
+        pieces = [slice(at, at + max_length) for at in range(0, len(document.input_ids), max_length)]
+        kept = [piece for piece in pieces if document.supervised[piece][1:].any()]
+        wanted += [document.input_ids[piece].tolist() for piece in kept]
+        dropped += not kept
+    assert sorted(seen) == sorted(wanted)
+    assert counts.dropped == dropped and not counts.truncated_tokens
+
+
 def _first_tokens(lengths):
     return zip(np.cumsum([0, *lengths[:-1]]).tolist(), lengths, strict=True)
 
@@ -104,7 +125,7 @@ def test_best_fit_wastes_little_and_is_deterministic():
     lengths = np.random.default_rng(0).integers(3, 100, size=2000).tolist()
 
     def packed():
-        return pack(ConversationPacker(128, packing=True, truncate=True, counts=Counts()), documents(lengths))
+        return pack(ConversationPacker(128, packing=True, truncation="truncate", counts=Counts()), documents(lengths))
 
     blocks = packed()
     assert sum(lengths) / (128 * len(blocks)) > 0.95
@@ -173,7 +194,8 @@ def test_packed_documents_do_not_see_each_other(attention, flatten):
         alone = [model(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0] for ids in texts]
     logits = packed.logits.reshape(-1, 64)
     rows = torch.cat([logits[:19], logits[19:24]])
-    torch.testing.assert_close(rows, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    # By as much as processors differ in how they round; a leak shows in whole numbers.
+    torch.testing.assert_close(rows, torch.cat(alone), atol=1e-4, rtol=1e-4)
     losses = [
         torch.nn.functional.cross_entropy(out[:-1], torch.from_numpy(ids[1:].astype(np.int64)), reduction="sum")
         for out, ids in zip(alone, texts, strict=True)

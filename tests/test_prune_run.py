@@ -60,6 +60,42 @@ def test_conversations_calibrate_too(tmp_path, monkeypatch):
     assert len(calibration(path).numbers) >= 10
 
 
+def test_conversations_are_seen_to_their_end(tmp_path, monkeypatch):
+    """All begin alike, as under one system prompt: the first 64 tokens of each would be one sequence."""
+    monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "chats.jsonl"
+    rows = []
+    for i in range(20):
+        said = [("system", "be kind " * 30), ("user", f"why {i}? "), ("assistant", f"so {i}. " * 40)]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in said]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = calibration(path, samples=20)
+    pieces = {load_tokenizer("tiny-llama").decode(row) for i in range(20) for row in rows_of(drawn(i))}
+    assert len(pieces) > 40 and any("so 7. so 7." in piece for piece in pieces)
+
+
+def test_large_data_is_not_read_whole(text, monkeypatch):
+    monkeypatch.setattr("graftlm.pruning.calibration.POOL", 20)
+    whole = calibration(text, samples=4)
+    monkeypatch.setattr("graftlm.pruning.calibration.LARGE", 100)
+    monkeypatch.setattr("graftlm.training.data.prepare.prepare_cached", lambda *_: pytest.fail("it is all read"))
+    part = calibration(text, samples=4)
+    assert "only its first 20 sequences are drawn from" in part.notes[0] and not whole.notes
+    assert len(part.sequences) == 20 < len(whole.sequences)
+
+
+def test_rows_are_read_as_a_run_reads_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "both.jsonl"
+    said = [{"role": "user", "content": "hi " * 60}, {"role": "assistant", "content": "ho " * 60}]
+    path.write_text("".join(json.dumps({"text": "long text " * 30, "messages": said}) + "\n" for _ in range(20)))
+    tokenizer, settings = load_tokenizer("tiny-llama"), PruneSettings(sparsity=0.2)
+    for task, word in (("cpt", "long text"), ("sft", "hi hi")):
+        found = calibration_from(tokenizer, settings, [SourceConfig(str(path))], task=task, progress=False)
+        assert any(word in tokenizer.decode(row) for row in rows_of(found(0)))
+        assert not any("long text" in tokenizer.decode(row) for row in rows_of(found(0))) or task == "cpt"
+
+
 def test_text_that_is_too_short_says_what_to_do(text):
     there = len(calibration(text, samples=1).numbers) + len(calibration(text, samples=1).held_back)
     with pytest.raises(UserError, match=f"text.jsonl: {there} sequences of 64 tokens.*needs 9999; give more") as caught:
@@ -132,10 +168,12 @@ def test_what_lies_beside_a_pruned_model_stays(text, tmp_path, capsys):
     out = tmp_path / "small"
     given = ("--sparsity", "0.3", "--data", str(text), "--out", str(out))
     assert prune(*given) == 0 and prune(*given) == 0
-    (out / "small-q8_0.gguf").write_text("GGUF")
-    assert prune(*given) == 2
-    assert "holds small-q8_0.gguf beside a pruned model" in capsys.readouterr().err
-    assert (out / "small-q8_0.gguf").exists()
+    for name in ("small-q8_0.gguf", "eval.json", "notes.txt", "my_script.py"):
+        (out / name).write_text("mine")
+        assert prune(*given) == 2
+        assert f"holds {name} beside a pruned model" in capsys.readouterr().err
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
 
 
 def test_what_cannot_be_is_said_before_anything_is_read(text, tmp_path, monkeypatch, capsys):

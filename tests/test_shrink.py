@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,16 +23,18 @@ from graftlm import cli
 from graftlm.checkpointing import load_tensors_and_metadata
 from graftlm.errors import UserError
 from graftlm.files import locked
+from graftlm.fused_loss import FusedLoss
 from graftlm.models import load_model, load_tokenizer
 from graftlm.pruning.calibration import calibration_from
 from graftlm.pruning.settings import PruneSettings
+from graftlm.pruning.shrink import phase_pruning
 from graftlm.pruning.shrink.config import load_shrink
 from graftlm.pruning.shrink.dry_run import dry_run
 from graftlm.pruning.shrink.phase_pruning import prune_settings
 from graftlm.pruning.shrink.phases import Phase, default_interleaves, ends_of, phases_of, sizes_of
 from graftlm.pruning.shrink.run import run_shrink
-from graftlm.pruning.targets import find_target
-from graftlm.training.config import DistillationConfig
+from graftlm.pruning.targets import apportioned, find_target
+from graftlm.training.config import DistillationConfig, SourceConfig
 from graftlm.training.data import prepare_data
 from graftlm.training.run import train_one
 
@@ -251,6 +254,7 @@ def test_distillation_from_the_original(tmp_path):
         ({"target_parameters": 10}, "is more than can go"),
         ({"prune": {"method": "slicegpt", "iterations": None}}, "slicegpt prunes a model only once"),
         ({"prune": {"method": "shortgpt", "iterations": None}, "keep_moments": True}, "moments cannot survive it"),
+        ({"prune": {"method": "sheared", "iterations": None}, "keep_moments": True}, "moments cannot survive it"),
         ({"prune": {"method": "flap", "iterations": None}, "keep_moments": True}, "or prune.flap_compensation: false"),
         ({"train": {"optim": "adafactor"}, "keep_moments": True}, "the state of optim: adafactor cannot be cut"),
         ({"max_steps": 3}, "max_steps: 3 steps are too few for 3 phases"),
@@ -343,6 +347,19 @@ def test_config_reads_back_equal(tmp_path):
     assert again.to_dict() == task.to_dict()
 
 
+def test_a_config_read_back_may_have_another_length(tmp_path):
+    """The decay follows the length, unless it was given."""
+    kwargs = {"num_decay_steps": 3}
+    for train, decay in (({}, (2, 4)), ({"lr_scheduler_kwargs": kwargs}, (3, 3))):
+        task = tiny_shrink(tmp_path, train=train)
+        file = tmp_path / "c.yaml"
+        file.write_text(yaml.safe_dump(task.to_dict()))
+        runs = [load_shrink(file, words).run for words in ((), ("max_steps=40",))]
+        assert tuple(run.lr_scheduler_kwargs["num_decay_steps"] for run in runs) == decay
+    file.write_text(yaml.safe_dump(tiny_shrink(tmp_path).to_dict()))
+    assert load_shrink(file, ["train.lr_scheduler_type=cosine"]).run.lr_scheduler_kwargs is None
+
+
 def test_tokens_become_steps(tmp_path):
     task = tiny_shrink(tmp_path, max_steps=None, tokens=2560)
     assert task.run.max_steps == 10  # of 4 sequences of 64
@@ -366,10 +383,52 @@ def test_pruning_sees_no_document_that_is_held_out(tmp_path):
     held = prepare_data(dataclasses.replace(task.run, max_length=16, packing=False), tokenizer).evaluation
     held = {tuple(held[i]["input_ids"].tolist()) for i in range(len(held))}
     assert held & drawn()
-    left = drawn(eval_fraction=0.3)
+    left = drawn(held_back=task.run)
     assert left and not held & left
-    streamed = drawn(eval_fraction=0.3, streaming=True)
+    streamed = drawn(held_back=task.run, streaming=True)
     assert streamed == left
+
+
+def test_pruning_sees_nothing_of_the_end_of_a_document_that_is_held_out(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(str(number) for number in range(20_000)))
+    given = {"samples": 4, "sample_length": 16}
+    data = (SourceConfig(str(book)),)
+    task = tiny_shrink(tmp_path, data=data, eval_data=(), prune=given, train={"eval_max_blocks": 30})
+    tokenizer = load_tokenizer("tiny-llama")
+    blocks = prepare_data(task.run, tokenizer).evaluation
+    held = np.concatenate([blocks[i]["input_ids"] for i in range(len(blocks))]).tolist()
+    found = calibration_from(
+        tokenizer, task.prune, data, cache_dir=task.run.cache_dir, task=task.run.task, held_back=task.run
+    )
+    rows = [found.sequences[int(n)]["input_ids"].tolist() for n in [*found.numbers, *found.held_back]]
+    whole = tokenizer(book.read_text())["input_ids"]
+    text = tokenizer.decode(held)
+    assert len(held) > 30 * 16 and "19998" in text
+    assert not [row for row in rows if tokenizer.decode(row) in text]
+    assert len(rows) > 0.9 * (len(whole) - len(held)) / 16
+
+
+def test_uniform_phases_take_heads_as_pruning_at_once_does(tmp_path):
+    """Whole groups are rounded on the original's: each phase alone would round to as many as it was given."""
+    given = {"target_parameters": 120_000, "interleaves": 6, "prune": {"uniform": True, "samples": 2}}
+    summary = quiet_shrink(tiny_shrink(tmp_path, **given))
+    settings = PruneSettings(target_parameters=120_000, uniform=True)
+    model = load_model("tiny-llama")
+    target = find_target(model, settings, uniform=True)
+    heads, channels = (
+        apportioned(one, one.counts, None, budget)[0] for one, budget in zip(target.sizes, target.by_kind, strict=True)
+    )
+    assert heads < model.config.num_key_value_heads
+    shapes = {(shape["num_key_value_heads"], shape["intermediate_size"]) for shape in summary["shapes"]}
+    assert shapes == {(heads, channels)}
+
+
+def test_held_out_losses_of_phases_need_no_table_of_logits(tmp_path, monkeypatch):
+    fused = []
+    monkeypatch.setattr(phase_pruning, "FusedLoss", lambda model: fused.append(model) or FusedLoss(model))
+    quiet_shrink(tiny_shrink(tmp_path, interleaves=2, max_steps=3))
+    assert len(fused) == 3  # before anything, and after each pruning
 
 
 def test_dry_run_counts_what_pruning_sees(tmp_path):

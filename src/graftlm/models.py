@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
@@ -108,7 +108,7 @@ def load_skeleton(
             config = AutoConfig.from_pretrained(name, **code)
             given = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **given, **code)
-    except (OSError, ValueError, KeyError, ImportError):
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError):
         return None
     model.tie_weights()  # each parameter became another one on the meta device
     return model.eval()
@@ -296,6 +296,8 @@ def _explain(error: Exception, name: str, source: Path | str) -> str:
     if "ignore_mismatched_sizes" in text:
         return f"{name}: the weights have other shapes than config.json says; the two do not belong together"
     first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if isinstance(error, StrictDataclassError):
+        first_line = " ".join(text.split())  # the reason stands on the second line
     first_line = textwrap.shorten(first_line, 300, placeholder=" ...")  # transformers lists all that it knows
     if isinstance(source, Path) and source.is_file():
         unknown = any(words in text for words in ("Unrecognized", "does not recognize", "is not supported yet"))

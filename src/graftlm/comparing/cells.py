@@ -50,7 +50,7 @@ class Cells:
         self.results = results
         self.failed = failed
         """Whether a run (by key) has been tried in vain."""
-        self._tasks = Tasks.of(comparison.settings)
+        self._tasks = dataclasses.replace(Tasks.of(comparison.settings), dtype=comparison.settings.task_dtype)
         self._made: dict[tuple[str, int, float, float, tuple[int, ...]], Cell] = {}
 
     def wanted(self) -> Iterator[Cell]:

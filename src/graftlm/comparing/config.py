@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from yaml.nodes import Node
 
@@ -60,6 +60,8 @@ class CompareConfig:
     """Folder with the tasks' data (graftlm eval --data-dir); None: from the Hub."""
     task_batch_size: int = 1
     """Sequences a pass when tasks are measured: faster above 1, and scores differ by rounding."""
+    task_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the weights are held in when tasks are measured."""
     allow_code_execution: bool = False
     """Let humaneval run, contained, programs that the models wrote."""
     output_dir: str = "runs/compare"

@@ -107,6 +107,7 @@ def _evaluate(
     return {
         "asked": list(tasks.asked),
         "limit": tasks.limit,
+        "dtype": tasks.dtype,
         "results": report["results"],
         "data": report.get("data", {}),
     }

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from graftlm.comparing.tasks import same_measure
 from graftlm.errors import UserError
 from graftlm.files import locked, read_json, write_json
 from graftlm.identity import same_settings
@@ -61,12 +62,12 @@ def _with_tasks_of(record: Record, earlier: Record | None) -> Record:
     a task is among both: it may have had other shots."""
     if earlier is None or not earlier.get("tasks") or not same_settings(earlier["settings"], record["settings"]):
         return record
-    old, new = earlier["tasks"], record.get("tasks") or {"asked": [], "limit": earlier["tasks"]["limit"], "results": {}}
-    if old["limit"] != new["limit"] or old["results"].keys() & new["results"].keys():
+    old, new = earlier["tasks"], record.get("tasks") or {**earlier["tasks"], "asked": [], "results": {}}
+    if not same_measure(old, new) or old["results"].keys() & new["results"].keys():
         return record
     asked = list(dict.fromkeys([*old["asked"], *new["asked"]]))
     parts = {key: old.get(key, {}) | new.get(key, {}) for key in ("results", "data")}
-    return {**record, "tasks": {"asked": asked, "limit": new["limit"], **parts}}
+    return {**record, "tasks": {**new, "asked": asked, **parts}}
 
 
 def record_of(run: RunData, settings: Mapping[str, Any], *, wall_seconds: float, tasks: Mapping[str, Any]) -> Record:

@@ -9,6 +9,9 @@ from graftlm.content import file_sha256
 from graftlm.errors import UserError
 from graftlm.evaluation.task_lists import CODE_SAMPLES, HUMANEVAL, LISTS
 
+FLOAT32 = "float32"
+"""What `graftlm eval` holds weights in unless it is told otherwise."""
+
 
 class TaskSettings(Protocol):
     """The keys of a comparison's config that are about tasks."""
@@ -39,6 +42,8 @@ class Tasks:
     """Sequences a pass."""
     allow_code_execution: bool = False
     """HumanEval may run programs that the models wrote."""
+    dtype: str = FLOAT32
+    """What the weights are held in."""
     trust_remote_code: bool = False
     """Code that comes with the model may run."""
 
@@ -58,6 +63,7 @@ class Tasks:
         words += ["--limit", str(self.limit)] if self.limit is not None else []
         words += ["--data-dir", self.data_dir] if self.data_dir is not None else []
         words += ["--batch-size", str(self.batch_size)] if self.batch_size != 1 else []
+        words += ["--dtype", self.dtype] if self.dtype != FLOAT32 else []
         words += ["--trust-remote-code"] * self.trust_remote_code
         return words + ["--allow-code-execution"] * self.allow_code_execution
 
@@ -71,7 +77,7 @@ class Tasks:
             for word in wanted - _words(kept.get("asked") or ())
             if word.shots is None or results.get(word.name, {}).get("shots") != word.shots
         ]
-        if missing or kept.get("limit") != self.limit:
+        if missing or not same_measure(kept, {"limit": self.limit, "dtype": self.dtype}):
             return False
         names = {word.name for word in wanted}
         # A name that is no result of its own is of a group's task.
@@ -90,6 +96,12 @@ class Tasks:
             raise UserError(f"task_data_dir: {self.data_dir}: no such folder")
         if others := [one for one in asked if one.name != HUMANEVAL]:
             prepare_tasks(others, data_dir=self.data_dir, limit=self.limit)
+
+
+def same_measure(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two records' `tasks` are of as many questions, asked of weights in the same numbers."""
+    measure = {"limit": None, "dtype": FLOAT32}  # records from before there were other dtypes do not tell theirs
+    return all(some.get(key, default) == others.get(key, default) for key, default in measure.items())
 
 
 class _Word(NamedTuple):

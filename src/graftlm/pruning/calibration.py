@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,12 @@ from graftlm.pruning.base import TOKENS_A_PASS, Batch
 from graftlm.pruning.settings import PruneSettings
 from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.training.data import prepare_data
+from graftlm.training.data.sources import HUB_PREFIX, source_bytes
 
 POOL = 2**16
 """Sequences to draw from at most, spread evenly over the data."""
+LARGE = 2**30
+"""Bytes of a source above which, as of one on the Hub, it is not read whole."""
 HELD_OUT, HELD_OUT_SHARE = 64, 1 / 8
 """Sequences held back at most, to measure the loss on."""
 
@@ -62,40 +65,52 @@ def calibration_from(
     *,
     cache_dir: str | None = None,
     streaming: bool = False,
-    eval_fraction: float = 0.0,
+    task: Literal["auto", "cpt", "sft"] = "auto",
+    held_back: RunConfig | None = None,
     progress: bool = True,
 ) -> TextCalibration:
     """Sequences of `data` to measure importance on: text or conversations, cut into pieces of sample_length tokens, of
     which the shorter ones are left out.
 
     data: None: the text that `graftlm demo` trains on, and a note says so.
-    streaming: of each source no more is read than the first POOL sequences.
-    eval_fraction: of a run on the same data, whose held-out documents are left out.
+    streaming: no more is read than the first POOL sequences; so too of large data, and a note says so.
+    task: as a run reads the data.
+    held_back: a run on the same data, what it holds out of which is left out.
 
     Raises UserError for data that cannot be read or are shorter than settings.samples sequences.
     """
     notes: tuple[str, ...] = ()
+    if not streaming and is_large(data or ()):
+        streaming = True
+        notes = (f"data on the Hub or above {LARGE >> 30} GiB: only its first {POOL:,} sequences are drawn from",)
     if not data:
         data = demo_config(Path("unused")).data
         notes = (
             "no --data: measured on the demo's text, the source of Python's library; name text that you care about",
         )
     length = settings.sample_length
-    # Not packed: a sequence is of one document. Every token counts, so a conversation need not reach an answer.
+    # Not packed: a sequence is of one document. Every token counts, so a piece of a conversation needs no answer.
+    fraction, most = (held_back.eval_fraction, held_back.eval_max_blocks) if held_back else (0.0, 1)
+    pieces = -(-held_back.max_length // length) if held_back else 1  # in a block of the run
     config = RunConfig(
         "calibration",
         tuple(data),
+        task=task,
         packing=False,
-        eval_fraction=eval_fraction,
+        eval_fraction=fraction,
+        eval_max_blocks=most * pieces,
         max_length=length,
         assistant_only_loss=False,
-        truncation="truncate",
+        truncation="split",
         cache_dir=cache_dir,
         streaming=streaming,
         max_steps=1,  # unused; a stream has no length
     )
-    train: Any = prepare_data(config, tokenizer, progress=progress).train
+    prepared = prepare_data(config, tokenizer, progress=progress)
+    train: Any = prepared.train
     sequences = list(itertools.islice(train.one_pass(), POOL)) if streaming else train
+    if fraction and not streaming:
+        train.index = _clear_of(prepared.evaluation, train, pieces)
     there = len(sequences)
     candidates = np.arange(there) if there <= POOL else np.linspace(0, there - 1, POOL).round().astype(np.int64)
     whole = np.array([n for n in candidates if len(sequences[int(n)]["input_ids"]) == length], np.int64)
@@ -111,3 +126,19 @@ def calibration_from(
     back = numbers[[i * len(whole) // held for i in range(held)]] if held else numbers[:0]
     numbers = np.setdiff1d(numbers, back)
     return TextCalibration(sequences, whole[numbers], whole[back], settings.samples, length, settings.seed, notes)
+
+
+def is_large(data: Sequence[SourceConfig]) -> bool:
+    """Whether a source is too much to be read whole for some sequences of it."""
+    return any(source.path.startswith(HUB_PREFIX) or source_bytes(source) > LARGE for source in data)
+
+
+def _clear_of(held: Any, train: Any, pieces: int) -> np.ndarray:
+    """Rows (source, block) of train's index. Of a document whose end is held back, the last blocks before that are left
+    out, too: a run rounds what it holds back to blocks of its own length, of so many pieces."""
+    kept = np.ones(len(train.index), bool)
+    for number, source in enumerate(train.sources):
+        if held is not None and any(source is one for one in held.sources):
+            own = train.index[:, 0] == number
+            kept &= ~own | (train.index[:, 1] <= train.index[own, 1].max() - pieces)
+    return train.index[kept] if kept.any() else train.index

@@ -3,7 +3,7 @@
 This file stands alone (torch and transformers), because a copy of it lies in every checkpoint that needs it:
 `trust_remote_code=True` opens such a checkpoint where graftlm is not installed.
 
-`config.per_layer_config[i]` (a feature of transformers' configs) gives layer i's `num_attention_heads`,
+`config.per_layer_config[i]` (a feature of transformers' configs from 5.14 on) gives layer i's `num_attention_heads`,
 `num_key_value_heads` and `intermediate_size`. Without heads a layer has no attention; without channels its FFN adds
 nothing. `output_biases: true` gives the layer's two output projections biases.
 """
@@ -12,6 +12,7 @@ import warnings
 from typing import Any, cast
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
@@ -36,6 +37,12 @@ from transformers.models.smollm3.modeling_smollm3 import (
     SmolLM3Model,
 )
 
+OLDEST = (5, 14)
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(
+        f"a model whose layers differ needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, and this is "
+        f"{transformers.__version__}: pip install -U transformers"
+    )
 PREFIX = "per_layer_"
 FILE = "per_layer_modeling"
 

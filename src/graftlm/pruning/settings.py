@@ -44,6 +44,9 @@ class PruneSettings:
     shortgpt, and flap does not count its biases (needs sparsity)."""
     uniform: bool | None = None
     """Every layer loses the same share; None: as the method does."""
+    least_parameters: tuple[int, ...] = ()
+    """Parameters that heads, and that channels keep at least, as far as the size allows: what a later pruning is to
+    leave of each (a shrink sees to that itself). Methods that remove components of both heed it."""
     iterations: int | None = None
     """Steps T in which it is done, importance measured anew in each; None: as the method does (adapt: 50)."""
     amplitude: float | None = None
@@ -89,9 +92,15 @@ class PruneSettings:
             if getattr(self, name) == not_given[name]:
                 object.__setattr__(self, name, value)
         if (self.sparsity is None) == (self.target_parameters is None):
-            raise UserError("prune: give sparsity (such as 0.2) or target_parameters (such as 100M), one of the two")
+            raise UserError(
+                "prune: give sparsity (such as 0.2) or target_parameters (such as 100_000_000), one of the two"
+            )
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise UserError(f"prune: sparsity {self.sparsity} must be between 0 and 1, e.g. 0.2")
+        if self.least_parameters and (len(self.least_parameters) != 2 or min(self.least_parameters) < 0):
+            raise UserError(
+                f"prune: least_parameters {list(self.least_parameters)} must be two numbers: of heads, of channels"
+            )
         if not self.exact and self.sparsity is None:
             raise UserError("prune: exact: false meets no target_parameters; give sparsity")
         if self.amplitude is not None and self.amplitude < 0:

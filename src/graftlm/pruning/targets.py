@@ -141,7 +141,9 @@ def find_target(model: nn.Module, settings: PruneSettings, *, uniform: bool) -> 
             f"leaves {total - original + least:,} of {total:,} parameters; ask for less, or lower min_groups, "
             "min_channels or width_multiple"
         )
-    return Target(sizes, original, budget, _divided(sizes, budget, budget / original, uniform))
+    return Target(
+        sizes, original, budget, _divided(sizes, budget, budget / original, uniform, settings.least_parameters)
+    )
 
 
 def _floored(share: float) -> float:
@@ -155,25 +157,32 @@ def _asked(settings: PruneSettings) -> str:
     return f"target_parameters {settings.target_parameters:,}"
 
 
-def _divided(sizes: tuple[Sizes, ...], budget: int, share: float, uniform: bool) -> tuple[int, ...]:
-    """Budgets of the kinds: heads keep the share nearest to `share` with which channels can fill up the rest."""
+def _divided(
+    sizes: tuple[Sizes, ...], budget: int, share: float, uniform: bool, floors: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Budgets of the kinds: heads keep the share nearest to `share` with which channels can fill up the rest.
+
+    floors: PruneSettings.least_parameters. Where heads cannot lose a whole group yet, channels would lose more than a
+    later pruning leaves of them, and what they have lost cannot make up for that group then.
+    """
     if len(sizes) == 1:
         return (budget,)
     heads, channels = sizes
     low, high = channels.parameters(channels.least), channels.parameters(channels.most)
     step = channels.one_step * (len(channels.names) if uniform else 1)
     wanted = share * heads.parameters(heads.counts)
-    best: tuple[int, float, int] | None = None
+    best: tuple[int, int, float, int] | None = None
     for spent in _reachable(heads, uniform):
         rest = budget - spent
         if rest < low:
             break
+        under = sum(max(0, floor - own) for floor, own in zip(floors, (spent, rest), strict=False))
         missed = max(0, rest - high - step + 1)  # parameters below the budget that channels cannot make up
-        key = (missed, abs(spent - wanted), spent)
+        key = (under, missed, abs(spent - wanted), spent)
         if best is None or key < best:
             best = key
     assert best is not None  # all at their least fits: find_target has checked
-    return best[2], budget - best[2]
+    return best[3], budget - best[3]
 
 
 def _reachable(sizes: Sizes, uniform: bool) -> list[int]:

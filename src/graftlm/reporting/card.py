@@ -55,7 +55,7 @@ def how_to_open(own_class: bool) -> str:
         return f"An ordinary model, which stock transformers opens.\n\n```python\n{load_snippet(PLACE)}\n```"
     return (
         "No class of transformers' own can hold its shapes, so its class lies beside the weights as a short Python "
-        "file: read it, then trust it. It needs torch and transformers only.\n\n"
+        "file: read it, then trust it. It needs torch and transformers 5.14 or newer, and nothing else.\n\n"
         f"```python\n{load_snippet(PLACE, trust=True)}\n```\n\n"
         "Where graftlm is installed it opens without running that file:\n\n"
         "```python\nfrom graftlm.models import load_model, load_tokenizer\n"

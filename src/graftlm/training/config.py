@@ -165,8 +165,9 @@ class RunConfig:
     """cpt with packing: keep documents of one block apart too (attention does not cross them). sft always does."""
     assistant_only_loss: bool = True
     """sft: only the assistant's tokens count in the loss. False: every token does."""
-    truncation: Literal["truncate", "drop"] = "truncate"
-    """sft: what happens to conversations longer than max_length. The share is printed."""
+    truncation: Literal["truncate", "drop", "split"] = "truncate"
+    """sft: what happens to conversations longer than max_length. truncate cuts the rest off, drop leaves them out (the
+    share is printed), split lets the rest go on in further sequences."""
     chat_template: str | None = None
     """A Jinja file, or a known template's name (chatml), for models without one."""
     streaming: bool = False

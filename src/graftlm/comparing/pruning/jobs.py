@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from graftlm.identity import by_content, content_of_sources, settings_of
 from graftlm.pruning.settings import METHODS, PruneSettings
-from graftlm.pruning.shrink.config import NOT_IN_TRAIN, Shrink, default_values
+from graftlm.pruning.shrink.config import NOT_IN_TRAIN, Shrink, decay_over, default_values
 from graftlm.pruning.ways import sequences_seen
 from graftlm.training.config import SourceConfig
 
@@ -97,7 +97,9 @@ class ShrinkJob:
         source = dataclasses.asdict(SourceConfig(""))
         given = self.identity()["shrink"]
         eval_data = [changed(one, source) for one in given["eval_data"]]
-        return {"shrink": changed({**given, "eval_data": eval_data}, default_values(self.task.run.max_steps))}
+        defaults = default_values(self.task.run.max_steps)
+        train = defaults["train"] | {"lr_scheduler_kwargs": decay_over(self.task.run.max_steps)}
+        return {"shrink": changed({**given, "eval_data": eval_data}, defaults | {"train": train})}
 
 
 Job = PruneJob | ShrinkJob

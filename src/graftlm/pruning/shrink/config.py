@@ -121,6 +121,10 @@ class Shrink:
     def to_dict(self) -> dict[str, Any]:
         """Plain values; their YAML is a config again, which gives an equal shrink."""
         pruning, training = config_to_dict(self.prune), config_to_dict(self.run)
+        if self.run.lr_scheduler_type == WSD:  # what follows from the length would stay if that is changed
+            derived = decay_over(self.run.max_steps)
+            given = {k: v for k, v in (self.run.lr_scheduler_kwargs or {}).items() if derived.get(k) != v}
+            training["lr_scheduler_kwargs"] = given or None
         return _plain(self.settings) | {
             "prune": {key: value for key, value in pruning.items() if key not in NOT_IN_PRUNE},
             "train": {key: value for key, value in training.items() if key not in NOT_IN_TRAIN},
@@ -199,6 +203,10 @@ def _training(settings: ShrinkConfig, name: str) -> RunConfig:
     steps = settings.max_steps or math.ceil((settings.tokens or 0) / step)
     kwargs = run.lr_scheduler_kwargs
     if run.lr_scheduler_type == WSD:
-        decay = {"num_decay_steps": math.ceil(DECAY * steps), "decay_type": "linear", "min_lr_ratio": DECAY}
-        kwargs = {**decay, **(kwargs or {})}  # type: ignore[dict-item]
+        kwargs = {**decay_over(steps), **(kwargs or {})}
     return dataclasses.replace(run, max_steps=steps, lr_scheduler_kwargs=kwargs)
+
+
+def decay_over(steps: int) -> dict[str, Any]:
+    """The schedule's settings that follow from its length."""
+    return {"num_decay_steps": math.ceil(DECAY * steps), "decay_type": "linear", "min_lr_ratio": DECAY}

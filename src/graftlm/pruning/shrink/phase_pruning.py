@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from graftlm.errors import UserError
 from graftlm.files import atomic_folder, read_json, write_json
+from graftlm.fused_loss import FusedLoss, unfit
 from graftlm.held_out import mean_loss
 from graftlm.models import load_model, load_skeleton, load_tokenizer
 from graftlm.parts import count_parameters
@@ -28,7 +29,8 @@ from graftlm.pruning.shrink.config import Shrink
 from graftlm.pruning.shrink.folders import PhaseFolder
 from graftlm.pruning.shrink.phases import Phase
 from graftlm.pruning.surgery import kept_slices
-from graftlm.pruning.ways import WAYS, sequences_seen
+from graftlm.pruning.targets import find_target
+from graftlm.pruning.ways import WAYS, is_uniform, sequences_seen
 from graftlm.training.checkpoints import list_checkpoints
 from graftlm.training.data import prepare_data
 from graftlm.training.data.dynamic import DynamicBlocks
@@ -58,10 +60,11 @@ def _mixed(seed: int, number: int) -> int:
 
 
 def prune_phase(
-    shrink: Shrink, folder: PhaseFolder, before: PhaseFolder | None, phases: int, heard: Callable[[PruneStep], None]
+    shrink: Shrink, folder: PhaseFolder, before: PhaseFolder | None, last: Phase, heard: Callable[[PruneStep], None]
 ) -> None:
     """Make `folder.pruned` from what the phase before has trained, or from the original model.
 
+    last: the shrink's last phase.
     heard: is told of every PruneStep.
     """
     began = time.monotonic()
@@ -80,7 +83,9 @@ def prune_phase(
     references = losses.by_source(model) if before is None else None
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     original = count_parameters(model)
-    settings = prune_settings(shrink, folder.phase, phases)
+    settings = prune_settings(shrink, folder.phase, last.number)
+    least = read_json(before.facts).get("least_parameters") if before else _left_at_last(model, settings, last)
+    settings = dataclasses.replace(settings, least_parameters=tuple(least or ()))
     pruned: Pruned | None = None
     set_seed(run.seed + folder.phase.number)
     if original > folder.phase.parameters:
@@ -90,7 +95,8 @@ def prune_phase(
             shrink.settings.data,
             cache_dir=run.cache_dir,
             streaming=run.streaming,
-            eval_fraction=0.0 if run.eval_data else run.eval_fraction,
+            task=run.task,
+            held_back=None if run.eval_data else run,
         )
         pruned = prune(model, settings, calibration, heard)
         model = pruned.model
@@ -99,6 +105,7 @@ def prune_phase(
     facts = {
         "phase": folder.phase.number,
         "target_parameters": folder.phase.parameters,
+        "least_parameters": least,
         "parameters_before": original,
         "parameters": count_parameters(model),
         "eval_loss_before_pruning": loss_before,
@@ -121,6 +128,16 @@ def prune_phase(
                 slices=slices,
             )
         write_json(folder.facts_in(temporary), {**facts, "seconds": round(time.monotonic() - began, 3)})
+
+
+def _left_at_last(model: PreTrainedModel, settings: PruneSettings, last: Phase) -> tuple[int, ...]:
+    """Parameters of heads and of channels that the last phase is to leave of the original `model`: as if it was pruned
+    at once. () where a method takes no components, or of one kind alone."""
+    if not WAYS[settings.method].components or last.parameters >= count_parameters(model):
+        return ()
+    at_once = dataclasses.replace(settings, target_parameters=last.parameters)
+    by_kind = find_target(model, at_once, uniform=is_uniform(settings)).by_kind
+    return by_kind if len(by_kind) == 2 else ()
 
 
 def _slices(
@@ -168,5 +185,11 @@ class _Losses:
     def _on(self, data: Any, model: PreTrainedModel) -> float:
         size, count = self._run.per_device_eval_batch_size, len(data)
         batches = (self.data.collator([data[i] for i in range(s, min(s + size, count))]) for s in range(0, count, size))
-        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=self._run.bf16):
-            return mean_loss(model, batches)
+        # As its training is evaluated: without a table of all logits.
+        fused = FusedLoss(model) if unfit(model) is None else None
+        try:
+            with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=self._run.bf16):
+                return mean_loss(model, batches)
+        finally:
+            if fused is not None:
+                fused.close()

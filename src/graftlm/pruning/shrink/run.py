@@ -83,7 +83,7 @@ def _go_on(task: Shrink, plan: dict[str, Any] | None, console: Console) -> dict[
     folder, folders = task.folder, _open(task, plan)
     for number, here in enumerate(folders):
         before = folders[number - 1] if number else None
-        _phase(task, here, before, len(folders), console)
+        _phase(task, here, before, folders[-1].phase, console)
         write_metrics(folder, folders[: number + 1])
     summary = summarise(task, read_json(folder / "phases.json"), folders)
     _save(task, folders[-1], summary)
@@ -123,7 +123,7 @@ def plan_phases(task: Shrink) -> dict[str, Any]:
 def _check_moments(task: Shrink) -> None:
     """Raise UserError where moments cannot survive, now rather than when the first phase has been trained."""
     prune, optim = task.prune, task.run.optim
-    if prune.method == "shortgpt" or (prune.method == "flap" and prune.flap_compensation):
+    if prune.method in ("shortgpt", "sheared") or (prune.method == "flap" and prune.flap_compensation):
         mend = ", or prune.flap_compensation: false" if prune.method == "flap" else ""
         raise UserError(
             f"keep_moments: {prune.method} changes more of a model than taking components out, so moments cannot "
@@ -176,18 +176,18 @@ def _open(task: Shrink, plan: dict[str, Any] | None) -> list[PhaseFolder]:
     return folders
 
 
-def _phase(task: Shrink, here: PhaseFolder, before: PhaseFolder | None, phases: int, console: Console) -> None:
+def _phase(task: Shrink, here: PhaseFolder, before: PhaseFolder | None, last: Phase, console: Console) -> None:
     phase = here.phase
-    title = f"phase {phase.number} of {phases}"
+    title = f"phase {phase.number} of {last.number}"
     if not here.facts.exists():
-        total = prune_settings(task, phase, phases).iterations
+        total = prune_settings(task, phase, last.number).iterations
 
         def heard(step: PruneStep) -> None:
             of = f" of {total}" if total else ""
             status.update(f"{title}: pruning, iteration {step.iteration}{of}, {step.parameters:,} parameters")
 
         with console.status(f"{title}: pruning to {phase.parameters:,} parameters") as status:
-            prune_phase(task, here, before, phases, heard)
+            prune_phase(task, here, before, last, heard)
         _free()
         _tell(here, title, console)
     if before and task.settings.keep == "last":

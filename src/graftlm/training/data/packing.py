@@ -108,24 +108,26 @@ class TextPacker:
 
 
 class ConversationPacker:
-    """Whole conversations into blocks: one a block, or (packing) best-fit, kept apart by position_ids.
+    """Conversations into blocks: one a block, or (packing) best-fit, kept apart by position_ids.
 
     Best fit: into the open block that it fills best; when OPEN_BLOCKS are open and none has room, the fullest is handed
-    on. Longer conversations than max_length are cut (truncate) or dropped; those without supervised tokens are dropped.
+    on. truncation: of conversations longer than max_length the rest is cut off (truncate), goes on in blocks of its own
+    (split), or the whole is dropped (drop). What has no supervised tokens is dropped.
     """
 
-    def __init__(self, max_length: int, *, packing: bool, truncate: bool, counts: Counts) -> None:
-        self.max_length, self.packing, self.truncate, self.counts = max_length, packing, truncate, counts
+    def __init__(self, max_length: int, *, packing: bool, truncation: str, counts: Counts) -> None:
+        self.max_length, self.packing, self.truncation, self.counts = max_length, packing, truncation, counts
         self._open: list[list[Block]] = []
         self._filled: list[int] = []
 
     def add(self, encoded: Encoded) -> Iterator[Block]:
-        block = self._fitted(encoded)
-        if block is None:
-            return
-        if not self.packing:
-            yield block
-            return
+        for block in self._fitted(encoded):
+            if self.packing:
+                yield from self._place(block)
+            else:
+                yield block
+
+    def _place(self, block: Block) -> Iterator[Block]:
         best = None
         for i, filled in enumerate(self._filled):
             if filled + len(block) <= self.max_length and (best is None or filled > self._filled[best]):
@@ -146,17 +148,22 @@ class ConversationPacker:
         while self._open:
             yield self._close(0)
 
-    def _fitted(self, encoded: Encoded) -> Block | None:
-        ids, supervised = encoded.input_ids, encoded.supervised
-        cut = len(ids) - self.max_length
-        block = Block(ids[: self.max_length], None if supervised is None else supervised[: self.max_length], None)
-        if (cut > 0 and not self.truncate) or len(block) < MIN_TOKENS or not block.supervised_tokens:
+    def _fitted(self, encoded: Encoded) -> list[Block]:
+        """What of a conversation is trained on, in blocks that are no longer than max_length."""
+        ids, supervised, size = encoded.input_ids, encoded.supervised, self.max_length
+        cut = len(ids) - size
+        starts = range(0, len(ids), size) if self.truncation == "split" else (0,)
+        blocks = [
+            Block(ids[s : s + size], None if supervised is None else supervised[s : s + size], None) for s in starts
+        ]
+        fit = [block for block in blocks if len(block) >= MIN_TOKENS and block.supervised_tokens]
+        if not fit or (cut > 0 and self.truncation == "drop"):
             self.counts.dropped += 1
-            return None
-        if cut > 0:
+            return []
+        if cut > 0 and self.truncation == "truncate":
             self.counts.truncated_documents += 1
             self.counts.truncated_tokens += cut
-        return block
+        return fit
 
     def _close(self, which: int) -> Block:
         blocks = self._open.pop(which)

@@ -97,8 +97,9 @@ class SourcePipeline:
         if self.task == "cpt":
             apart = config.packing and config.document_boundaries
             return TextPacker(config.max_length, boundaries=apart, separate=not config.packing)
-        truncate = config.truncation == "truncate"
-        return ConversationPacker(config.max_length, packing=config.packing, truncate=truncate, counts=counts)
+        return ConversationPacker(
+            config.max_length, packing=config.packing, truncation=config.truncation, counts=counts
+        )
 
     def _encoded(self, counts: Counts, held_out: HeldOut, only: str | None) -> Iterator[Encoded]:
         documents: Iterator[Any] = iterate_documents(
