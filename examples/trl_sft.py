@@ -29,7 +29,7 @@ trainer = ApexSFTTrainer(
         logging_steps=5,
         assistant_only_loss=True,
         report_to="none",
-        use_cpu=True,
+        use_cpu=True,  # a tiny model; leave it out to train on a GPU
         activation_checkpointing=False,
     ),
     train_dataset=Dataset.from_list(rows),

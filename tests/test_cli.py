@@ -108,7 +108,7 @@ def test_assess(calls):
         cli.main(shlex.split("assess m --data f.txt --out d --compare m2 --samples 8 --max-length 64 --mask 0.1")) == 0
     )
     expected = {"compare": "m2", "samples": 8, "max_length": 64, "mask": 0.1, "prune_sensitivity": None}
-    expected |= {"trust_remote_code": False}
+    expected |= {"dtype": "float32", "trust_remote_code": False}
     assert only(calls) == ("assess", ("m", "f.txt", Path("d")), expected)
 
 
@@ -137,7 +137,7 @@ def test_eval(calls, capsys):
 @pytest.mark.parametrize(("words", "chat"), [([], None), (["--no-chat"], False)])
 def test_generate(calls, words, chat):
     assert cli.main(["generate", "m", "a = b", "--max-new-tokens", "5", "--temperature", "0.5", *words]) == 0
-    expected = {"max_new_tokens": 5, "temperature": 0.5, "trust_remote_code": False, "chat": chat}
+    expected = {"max_new_tokens": 5, "temperature": 0.5, "dtype": "float32", "trust_remote_code": False, "chat": chat}
     assert only(calls) == ("generate", ("m", "a = b"), expected)
 
 

@@ -268,7 +268,7 @@ def test_two_seeds_have_no_interval(tmp_path):
 def test_copies_of_one_run_have_no_interval(tmp_path):
     """Plain training is the same at every seed (streamed data): three of it are no sample."""
     comparison, cells = opened(write_comparison(tmp_path, base={"streaming": True}, tasks=["arc_easy"]))
-    assert any("the same order at every seed" in note for note in comparison.notes)
+    assert any("seeds are copies of runs, and no interval is given" in note for note in comparison.notes)
 
     def tasks(cell):
         scores = {"asked": ["arc_easy"], "limit": None, "results": {"arc_easy": {"acc": 0.1 * cell.seed}}, "data": {}}
@@ -286,6 +286,17 @@ def test_copies_of_one_run_have_no_interval(tmp_path):
     assert any("copies of one run" in note for note in summary["notes"]) and "copies of one run" in headline(summary)
     (row,) = [row for row in tables(summary)[0].rows if row[0] == "apex"]
     assert row[-1] == "no interval"
+
+
+def test_streams_of_several_sources_have_no_interval(tmp_path):
+    """Their seeds are two or three orders, so that controls differ, and are no sample all the same."""
+    path = write_comparison(tmp_path, base={"streaming": True})
+    data = [{"path": str(tmp_path / name), "weight": 1} for name in ("text.jsonl", "held_out.jsonl")]
+    comparison, cells = opened(path, f"base.data={json.dumps(data)}")
+    finish(cells, loss_of)
+    apex = by_name(summarise(comparison, cells, {}), "apex")
+    assert apex["difference"]["n"] == 3 and apex["difference"]["t_interval"] is None
+    assert apex["needed"]["interval"] is None
 
 
 def test_seeds_that_differ_have_one_and_no_note(finished):

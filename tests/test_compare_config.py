@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+import tiny_prune_comparisons
 from tiny_comparisons import opened, write_comparison
 
 from graftlm import config_docs
 from graftlm.comparing.config import CONTROL, CompareConfig, load_comparison
+from graftlm.comparing.pruning.config import load_prune_comparison
 from graftlm.errors import UserError
 from graftlm.identity import key_of, same_settings, settings_of
 from graftlm.training.config import DistillationConfig
@@ -55,6 +57,7 @@ def load(tmp_path, text, *overrides):
         (BASE.replace("eval_data: b.jsonl", "eval_fraction: 0") + "variants: {a: {}}\n", "base.eval_data: there is"),
         (BASE + "variants: {a: {}}\nseeds: [0, 0]\n", "c.yaml:7: seeds: [0, 0] has a value twice"),
         (BASE + "variants: {a: {}}\nseeds: [0]\nselection_seeds: [1]\n", "c.yaml:8: selection_seeds: 1 is not among"),
+        (BASE + "  distributed: {strategy: ddp}\nvariants: {a: {}}\n", "base.distributed: strategy ddp, and these"),
         (BASE + "variants: {a: {}}\ntask_batch_size: 0\n", "c.yaml:7: task_batch_size: 0 must be at least 1"),
         (BASE + "variants: {a: {}}\nlearning_rates: [0]\n", "c.yaml:7: learning_rates: every value must be above 0"),
         (
@@ -272,3 +275,24 @@ def test_a_teacher_is_known_by_its_weights(config, tmp_path):
     assert key_of(settings_of(moved)) == before != key_of(settings_of(config))
     (tmp_path / "moved/model.safetensors").write_text("others")
     assert key_of(settings_of(moved)) != before
+
+
+@pytest.mark.parametrize("loads", [load_comparison, load_prune_comparison])
+def test_a_misspelt_variant_is_no_new_one(tmp_path, loads):
+    path = write_comparison(tmp_path, variants={"apex": {"method": "apex"}, "APEX 2.4%": {"method": "apex"}})
+    if loads is load_prune_comparison:
+        path = tiny_prune_comparisons.write_comparison(tmp_path, variants={"apex": {}})
+    with pytest.raises(UserError, match=r"variants.apx.apex.stages: there is no variant apx \(did you mean apex\?\)"):
+        loads(path, ["variants.apx.apex.stages=4"])
+    if loads is load_comparison:
+        arms = loads(path, ["variants.apex.apex.stages=1", "variants.new={method: lora}"]).arms
+        assert {arm.name for arm in arms} == {"control", "apex", "APEX 2.4%", "new"}
+
+
+def test_a_single_document_cannot_be_halved(tmp_path):
+    path = write_comparison(tmp_path, learning_rates=[1e-3, 2e-3])
+    text = tmp_path / "held_out.txt"
+    text.write_text("one text\n" * 50)
+    with pytest.raises(UserError, match=r"base.eval_data: .*held_out.txt is a single document.*give selection_data"):
+        load_comparison(path, [f"base.eval_data={text}"])
+    load_comparison(path, [f"base.eval_data={text}", f"base.selection_data={text}"])

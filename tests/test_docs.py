@@ -12,7 +12,10 @@ import yaml
 
 from graftlm import cli, config_docs
 from graftlm.apex_config import PRESETS, ApexConfig
+from graftlm.comparing.config import load_comparison
+from graftlm.comparing.pruning.config import load_prune_comparison
 from graftlm.configuring import load_config
+from graftlm.pruning.shrink.config import load_shrink
 from graftlm.training.config import RunConfig, SourceConfig
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +47,27 @@ def parses(command: str) -> None:
 def test_commands_parse(page, capsys):
     for command in commands(page.read_text(encoding="utf-8")):
         parses(command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_on_examples_load_them(page, monkeypatch):
+    """With their overrides; a comparison's and a shrink's too."""
+    monkeypatch.chdir(ROOT)
+    for command in commands(page.read_text(encoding="utf-8")):
+        words = shlex.split(command, comments=True)
+        file = next((word for word in words if word.startswith("examples/") and word.endswith(".yaml")), None)
+        if file is None or "OUT" in command:
+            continue
+        overrides = [word for word in words if re.match(r"[a-z_.0-9]+=", word)]
+        name = Path(file).name
+        if name.startswith("compare_prune_"):
+            load_prune_comparison(file, overrides)
+        elif name.startswith("compare_"):
+            load_comparison(file, overrides)
+        elif name.startswith("shrink_"):
+            load_shrink(file, overrides)
+        else:
+            load_config(file, overrides)
 
 
 def test_commands_are_found():

@@ -81,6 +81,8 @@ def test_the_plan_counts_their_bytes(tmp_path):
         ("lion_32bit", "optim: lion_32bit needs bitsandbytes"),
         ("adamw_torch_8bit", "cannot be kept in a checkpoint; use adamw_8bit"),
         ("adamw_9bit", "is no optimizer of transformers; try adamw_8bit"),
+        ("galore_adamw", "asks for optim_target_modules, which no key sets"),
+        ("schedule_free_adamw", "needs schedulefree, which is not installed"),
     ],
 )
 def test_refused_before_data_is_read(tmp_path, monkeypatch, check, optim, message):

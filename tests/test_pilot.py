@@ -19,6 +19,9 @@ from graftlm.comparing.statistics import repeated_interval
 from graftlm.comparing.summary import summarise
 from graftlm.comparing.verdict import FASTER, check, judge, replay, replay_comparison
 from graftlm.errors import UserError
+from graftlm.methods.adapter_settings import ReloraSettings
+from graftlm.methods.sparse_settings import HftSettings, IstSettings, LiftSettings
+from graftlm.training.config import DistributedConfig
 from graftlm.training.run import train_one
 
 
@@ -250,9 +253,41 @@ def test_pairs_that_are_copies_end_it(tmp_path, monkeypatch):
 
 def test_streams_of_one_order_are_refused(tmp_path):
     config = tiny_config(tmp_path, max_steps=9_000, streaming=True)
-    with pytest.raises(UserError, match="streaming: one source comes in the same order at every seed"):
-        plan_pilot(config, 9_000)
-    plan_pilot(dataclasses.replace(config, data=config.data * 2), 9_000)  # mixed by the seed
+    for data in (config.data, config.data * 2):  # of several, the seed only says which comes first
+        with pytest.raises(UserError, match="streaming: data come in one order"):
+            plan_pilot(dataclasses.replace(config, data=data), 9_000)
+
+
+def test_what_a_method_does_every_so_many_steps_is_scaled(tmp_path):
+    """The method as planned, and not one that never chooses again."""
+    scale = plan_pilot(tiny_config(tmp_path, max_steps=9_000), 9_000).steps / 9_000
+    given = {
+        "lift": LiftSettings(interval=3_000),
+        "ist": IstSettings(interval=3_000),
+        "hft": HftSettings(round_steps=3_000),
+        "relora": ReloraSettings(interval=3_000, warmup=0.01, warm_start=1_500),
+    }
+    for method, section in given.items():
+        planned = plan_pilot(tiny_config(tmp_path, max_steps=9_000, method=method, **{method: section}), 9_000).config
+        scaled = getattr(planned, method)
+        steps = scaled.round_steps if method == "hft" else scaled.interval
+        assert steps == max(1, round(3_000 * scale)) < 100
+    assert planned.relora.warm_start == round(1_500 * scale) and planned.relora.warmup == 0.01
+    epochs = tiny_config(tmp_path, max_steps=-1, num_train_epochs=3.0, method="hft")
+    plan = plan_pilot(epochs, 9_000)
+    assert plan.config.hft.round_steps == round(plan.steps / 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"distributed": DistributedConfig(strategy="fsdp2")}, "distributed.strategy: strategy fsdp2, and these runs"),
+        ({"apex": {"stage_by": "epochs", "stages": 3}}, "apex.stage_by: epochs beside max_steps"),
+    ],
+)
+def test_runs_that_no_pilot_can_be_like_are_refused(changes, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        plan_pilot(tiny_config(tmp_path, max_steps=9_000, **changes), 9_000)
 
 
 def test_a_changed_default_runs_again(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from graftlm.comparing.tasks import Tasks
 from graftlm.content import file_sha256
 from graftlm.errors import UserError
 from graftlm.evaluation.run import run_evaluation
-from graftlm.files import read_json
+from graftlm.files import read_json, write_json
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_components, prunable_blocks
 from graftlm.pruning.targets import parameters_left
@@ -176,6 +176,22 @@ def test_weights_may_be_held_in_bfloat16(in_this_process, tmp_path):
     told = read_json(cells.run_folder(cell) / "model/config.json")
     assert told["dtype"] == "bfloat16"
     assert read_json(cells.run_folder(cell) / "eval.json")["dtype"] == "bfloat16"
+
+
+def test_a_model_of_older_defaults_is_made_again(in_this_process, tmp_path):
+    """The folder has the same name: only what it says of its settings tells."""
+    path = write_comparison(tmp_path, seeds=[0], variants={"u": {"method": "magnitude"}}, keep=True)
+    compare(path, console=quiet())
+    _, cells = opened(path)
+    (cell,) = (cell for cell in cells.wanted() if cell.job)
+    folder = cells.run_folder(cell)
+    told = read_json(folder / "settings.json")
+    for one, again in ((told, False), ({**told, "prune": {**told["prune"], "min_groups": 0}}, True)):
+        write_json(folder / "settings.json", one)
+        (tmp_path / "out/results.json").unlink(missing_ok=True)
+        before = (folder / runner.DONE).stat().st_mtime_ns
+        compare(path, console=quiet())
+        assert ((folder / runner.DONE).stat().st_mtime_ns != before) is again
 
 
 def test_tasks_on_other_questions_are_asked_again(in_this_process, tmp_path, monkeypatch):

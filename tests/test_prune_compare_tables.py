@@ -13,6 +13,7 @@ from tiny_comparisons import ENVIRONMENT
 from tiny_prune_comparisons import opened, write_comparison
 
 from graftlm.comparing.pruning.cells import PruneCells
+from graftlm.comparing.pruning.plots import draw
 from graftlm.comparing.pruning.summary import paired_ratios, summarise
 from graftlm.comparing.pruning.tables import csv_text, tables
 from graftlm.comparing.results import Results
@@ -122,3 +123,34 @@ def test_a_model_off_its_target_is_noted(tmp_path):
     notes = summarise(comparison, PruneCells(comparison, Results(comparison.results_path)), {})["notes"]
     assert "adapt at 40%: 5.0% of the original's parameters above the target" in notes
     assert "uniform at 40%: 5.0% of the original's parameters below the target" in notes
+
+
+def test_models_that_are_the_same_in_every_trial_have_no_interval(tmp_path):
+    """Two ways that draw nothing at random: three trials of them are one observation."""
+
+    def word(cell):
+        return 30.0 if cell.job is None or cell.arm != "adapt" else 29.0
+
+    summary = finished(write_comparison(tmp_path, seeds=[0, 1, 2], sparsities=[0.2]), word)
+    row = next(row for row in summary["rows"] if row["name"] == "adapt")
+    ratio = row["perplexity"]["held_out.txt"]["ratio"]
+    assert ratio["mean"] == pytest.approx(29 / 30) and ratio["shown"] == "no interval"
+    assert ratio["t_interval"] is ratio["bootstrap_interval"] is None
+    assert any("are the same models in all trials: no interval" in note for note in summary["notes"])
+
+
+def test_perplexities_are_in_no_average_of_scores(tmp_path):
+    summary = finished(write_comparison(tmp_path, seeds=[0], sparsities=[0.2]), lambda cell: 20.0)
+    for row in [*summary["rows"], summary["original"]]:
+        row["tasks"]["wikitext"] = {"metric": "word_perplexity", "mean": 400.0}
+    table = next(table for table in tables(summary) if table.title == "Tasks")
+    assert {row[-1] for row in table.rows} == {"0.5000"} and "of perplexities lower" in table.note
+
+
+def test_texts_of_one_stem_have_a_plot_each(tmp_path):
+    summary = finished(write_comparison(tmp_path, seeds=[0], sparsities=[0.2]), lambda cell: 20.0)
+    summary["texts"] = ["held_out.txt", "held_out.jsonl"]
+    for row in [*summary["rows"], summary["original"]]:
+        row["perplexity"]["held_out.jsonl"] = row["perplexity"]["held_out.txt"]
+    names = [path.name for path in draw(summary, tmp_path / "plots")]
+    assert names[:2] == ["perplexity_held_out.txt.png", "perplexity_held_out.jsonl.png"]

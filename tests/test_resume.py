@@ -1,5 +1,6 @@
 """Killed with -9 at any moment and resumed, a run ends with the same bits as one that was left alone."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ from graftlm import cli
 from graftlm.configuring import dump_yaml
 from graftlm.errors import UserError
 from graftlm.identity import SETTINGS, settings_of
+from graftlm.methods.sparse_settings import ReweightingSettings
 from graftlm.training import run_trainer
 from graftlm.training.config import RunConfig
 from graftlm.training.run import train_one
@@ -276,3 +278,22 @@ def test_killed_while_the_control_runs(victim, with_control, tmp_path, tmp_path_
     alone = tiny_runs.control_of(tmp_path, tmp_path_factory.mktemp("alone"))
     assert start(alone) == 0
     assert_same_run(control, Path(alone.output_dir))
+
+
+@pytest.mark.parametrize(
+    ("changes", "free"),
+    [
+        ({}, True),
+        ({"reweighting": ReweightingSettings(strategy="linupper")}, False),
+        ({"apex": {"assess_per": "microbatch"}}, False),
+    ],
+)
+def test_a_step_may_be_divided_otherwise_only_where_that_changes_nothing(changes, free, tmp_path):
+    """Sample weights, and the authors' assessment, are of one micro-batch."""
+    config = tiny_config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1, **changes)
+    run = Path(config.output_dir)
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_yaml(config))
+    divided = dataclasses.replace(config, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    with contextlib.nullcontext() if free else pytest.raises(UserError, match="per_device_train_batch_size was 4"):
+        check_same_config(divided, run)

@@ -28,7 +28,7 @@ from graftlm.errors import UserError
 from graftlm.files import atomic_path, check_folder, write_json
 from graftlm.held_out import mean_loss
 from graftlm.masking import masked
-from graftlm.models import check_vocabulary, load_model, load_tokenizer
+from graftlm.models import check_vocabulary, load_model, load_tokenizer, to_gpu
 from graftlm.pruning.sensitivity import layer_sensitivity
 from graftlm.reporting.distributions import plot_activations, plot_sigma, relative_sigma, sigma, top_share
 from graftlm.reporting.layers import plot_sensitivity
@@ -79,9 +79,11 @@ def assess(
     max_length: int = 1024,
     mask: float | None = None,
     prune_sensitivity: float | None = None,
+    dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> Path:
-    """Assess `model` (and `compare`) on `samples` sequences of `data`, spread evenly over it; returns `out`.
+    """Assess `model` (and `compare`) on `samples` sequences of `data`, spread evenly over it, on the GPU where there is
+    one; returns `out`. `dtype`: of the weights.
 
     Writes activations.safetensors (LABEL/KIND/LAYER: float32 [heads or channels]), assessment.json and plots/*.png, and
     prints a table. `mask`: share of the heads and of the channels of each block that are switched off together: the
@@ -100,7 +102,7 @@ def assess(
     for name, label in zip(names, labels, strict=True):
         of_first = found[0].choices if found else None
         settings = (samples, max_length, mask, prune_sensitivity)
-        found.append(_assess_one(name, label, data, *settings, of_first, trust_remote_code))
+        found.append(_assess_one(name, label, data, *settings, of_first, dtype, trust_remote_code))
     out = Path(out)
     _save_activations(out / "activations.safetensors", found)
     plots = _plot(out / "plots", found)
@@ -125,6 +127,7 @@ def _assess_one(
     mask: float | None,
     prune_sensitivity: float | None,
     choices: dict[str, Choice] | None,
+    dtype: str,
     trust_remote_code: bool,
 ) -> Assessed:
     """`choices`: P and N whose subspaces are measured; None: the model's own."""
@@ -132,7 +135,7 @@ def _assess_one(
     # Not packed: a sample is then a row.
     config = RunConfig(name, (SourceConfig(data),), packing=False, eval_fraction=0.0, max_length=max_length)
     prepared = prepare_data(config, tokenizer)
-    model = load_model(name, trust_remote_code=trust_remote_code)
+    model = to_gpu(load_model(name, dtype=dtype, trust_remote_code=trust_remote_code))
     check_vocabulary(model, tokenizer)
     anatomy = read_anatomy(model)
     defaults = ApexConfig()

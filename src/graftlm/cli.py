@@ -20,8 +20,14 @@ from graftlm.errors import AgreedError, UserError
 from graftlm.pruning import cli as pruning
 
 LESS_MEMORY = {
-    "train": "try a smaller per_device_train_batch_size (raise gradient_accumulation_steps instead) or max_length, or "
-    "gradient_checkpointing=true",
+    "train": "try a smaller per_device_train_batch_size (raise gradient_accumulation_steps instead) or max_length, "
+    "gradient_checkpointing=true, bf16=true, or an optim such as adamw_8bit; `graftlm plan` says what each would take",
+    "shrink": "try a smaller train.per_device_train_batch_size (and train.per_device_eval_batch_size) or "
+    "train.max_length, or train.gradient_checkpointing=true",
+    "compare": "try a smaller base.per_device_train_batch_size or base.max_length, or base.gradient_checkpointing=true",
+    "eval": "try --dtype bfloat16, a smaller --batch-size, or a smaller --max-length",
+    "assess": "try --dtype bfloat16, or a smaller --max-length",
+    "generate": "try --dtype bfloat16, or a shorter prompt",
     "prune": "try --dtype bfloat16, or a smaller sample_length",
     "export": "try --no-check, or --quantize f16",
 }
@@ -197,6 +203,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     alone = "the loss without SHARE of one layer, for each layer (0.5)"
     assess.add_argument("--prune-sensitivity", type=arguments.share, metavar="SHARE", help=alone)
+    _dtype_argument(assess)
     _code_argument(assess)
 
     evaluate = verb(
@@ -250,9 +257,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--batch-size", type=arguments.positive, default=1, metavar="B", help="sequences a pass (default 1)"
     )
-    evaluate.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="the weights' (default float32)"
-    )
+    _dtype_argument(evaluate)
     _code_argument(evaluate)
     evaluate.add_argument("--log-samples", action="store_true", help="keep what became of every question")
     evaluate.add_argument(
@@ -279,6 +284,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
     )
+    _dtype_argument(generate)
     _code_argument(generate)
     generate.add_argument("--no-chat", action="store_true", help="the bare prompt, without the chat template")
 
@@ -351,6 +357,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     pruning.add_verbs(verb, MODEL_HELP)
     return parser
+
+
+def _dtype_argument(parser: argparse.ArgumentParser) -> None:
+    kinds = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=kinds, default="float32", help="the weights' (default float32)")
 
 
 def _code_argument(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ _SOURCE_KEYS = ("data", "eval_data", "selection_data")
 # Words from other trainers that no string distance leads to the right key.
 _SYNONYMS = {"lr": "learning_rate", "dataset": "data", "train_file": "data", "model_name_or_path": "model"}
 _EXAMPLES = {
-    "model": "give model: a folder, a Hub id, a .gguf file, or tiny-llama",
+    "model": "give model: a folder, a Hub id, a .gguf file, or the built-in smollm2 or tiny-llama",
     "data": "give data: a file, a folder, or hub:OWNER/NAME",
     "path": "give path: a file, a folder, or hub:OWNER/NAME",
     "base": "give base: what all arms share, e.g. {model: M, data: D}",

@@ -4,7 +4,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from graftlm.errors import UserError
-from graftlm.models import check_vocabulary, context_of, load_model, load_tokenizer
+from graftlm.models import check_vocabulary, context_of, load_model, load_tokenizer, to_gpu
 
 
 def generate(
@@ -18,9 +18,10 @@ def generate(
     dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> str:
-    """`graftlm generate`: open a model and return what it writes after `prompt`; arguments as in `generate_text`."""
+    """`graftlm generate`: open a model, on the GPU where there is one, and return what it writes after `prompt`;
+    arguments as in `generate_text`."""
     tokenizer = load_tokenizer(model_name, trust_remote_code=trust_remote_code)
-    model = load_model(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = to_gpu(load_model(model_name, dtype=dtype, trust_remote_code=trust_remote_code))
     return generate_text(
         model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, stream=stream
     )

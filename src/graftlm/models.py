@@ -87,6 +87,13 @@ def load_model(
     return model
 
 
+def to_gpu(model: PreTrainedModel) -> PreTrainedModel:
+    """Move `model` to the GPU, where there is one; returns it."""
+    if torch.cuda.is_available():
+        model.to("cuda")  # type: ignore[arg-type]
+    return model
+
+
 def load_skeleton(
     name: str,
     *,
@@ -284,8 +291,8 @@ def _explain(error: Exception, name: str, source: Path | str) -> str:
         )
     if "couldn't connect" in text:
         return (
-            f"{name}: no such folder here, and the Hugging Face Hub was not reached; check the name and the network "
-            "(HF_HUB_OFFLINE?), or download the model elsewhere and name its folder"
+            f"{name}: no such folder here, and the Hugging Face Hub was not reached; check the name and the network, "
+            "or download the model elsewhere and name its folder (without a network, HF_HUB_OFFLINE=1 spares the wait)"
         )
     if "not a valid model identifier" in text:
         return (

@@ -41,7 +41,10 @@ class StageClock:
 
     def _check(self, total_steps: int | None) -> None:
         if self.config.stage_by == "steps" and self.length is not None and self.length < 1:
-            raise UserError(f"apex.stages: {self.config.stages} stages do not fit in {total_steps} steps")
+            raise UserError(
+                f"apex.stages: {self.config.stages} stages do not fit in {total_steps} steps; give "
+                "more data or epochs, a smaller batch, or fewer apex.stages"
+            )
 
     def due(self, *, epoch: float | None, tokens: int) -> bool:
         """Whether the next stage should begin now, after the step just taken."""

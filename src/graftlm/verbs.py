@@ -55,7 +55,7 @@ def data(args: argparse.Namespace) -> None:
 def assess(args: argparse.Namespace) -> None:
     from graftlm import assess as assessment
 
-    names = ("samples", "max_length", "mask", "prune_sensitivity", "trust_remote_code")
+    names = ("samples", "max_length", "mask", "prune_sensitivity", "dtype", "trust_remote_code")
     kwargs = {name: getattr(args, name) for name in names}
     assessment.assess(args.model, args.data, args.out, compare=args.compare, **kwargs)
 
@@ -76,7 +76,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     from graftlm import generation
 
-    names = ("max_new_tokens", "temperature", "trust_remote_code")
+    names = ("max_new_tokens", "temperature", "dtype", "trust_remote_code")
     kwargs = {name: getattr(args, name) for name in names}
     generation.generate(args.model, args.prompt, chat=False if args.no_chat else None, **kwargs)  # prints as it comes
 

@@ -98,7 +98,7 @@ class Cells:
 
     def record(self, cell: Cell | None) -> Record | None:
         """The finished run of a cell, with all the tasks that it was to be evaluated on."""
-        record = self._trained(cell)
+        record = self.trained(cell)
         if cell is None or record is None:
             return None
         tasks = self.tasks(cell)
@@ -117,8 +117,8 @@ class Cells:
             return False
         return self.record(cell) is not None
 
-    def _trained(self, cell: Cell | None) -> Record | None:
-        """The finished run of a cell, evaluated on tasks or not."""
+    def trained(self, cell: Cell | None) -> Record | None:
+        """The finished run of a cell, evaluated on tasks or not: what a learning rate is chosen by."""
         return None if cell is None else self.results.get(cell.key, cell.settings)
 
     def _is_chosen(self, cell: Cell) -> bool:
@@ -139,7 +139,7 @@ class Cells:
         losses: dict[float, float] = {}
         for rate in arm.learning_rates:
             cells = [self.cell(arm, seed, rate) for seed in self.comparison.selection_seeds]
-            records = [self._trained(cell) for cell in cells]
+            records = [self.trained(cell) for cell in cells]
             missing = [cell for cell, record in zip(cells, records, strict=True) if record is None]
             if any(cell is not None and self.failed(cell.key) for cell in missing):
                 continue
@@ -174,7 +174,7 @@ class Cells:
         if (planned := planned_stage_starts(followed.config)) is not None:
             return planned
         for rate in self.rates(followed, seed):  # when stages end depends on tokens, and not on the learning rate
-            if (record := self._trained(self.cell(followed, seed, rate))) is not None:
+            if (record := self.trained(self.cell(followed, seed, rate))) is not None:
                 return tuple(record["stage_starts"])
         return None
 

@@ -1,18 +1,22 @@
 """What a comparison is: its YAML file, and the arms that follow from it."""
 
 import dataclasses
+import difflib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from yaml.nodes import Node
+from yaml.nodes import MappingNode, Node
 
 from graftlm.apex_config import ApexConfig
 from graftlm.configuring import config_from_layers, load_dataclass, place_of, take
 from graftlm.errors import UserError
 from graftlm.methods.sparse_settings import ReweightingSettings
-from graftlm.training.config import RunConfig
+from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.training.data.sources import iterate_rows
+from graftlm.yaml_nodes import child_of, parse_file
 
 CONTROL = "control"
 SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio")
@@ -24,7 +28,7 @@ SAME_FOR_ALL = (
     *("streaming", "max_steps", "num_train_epochs"),
 )
 """What decides where an arm starts, what it is trained on, in which order, and what it is measured on."""
-ONE_ORDER = "streaming: one source comes in the same order at every seed, so plain training is one run at all of them"
+ONE_ORDER = "streaming: data come in one order, or one of two or three, whatever the seed, so seeds are copies of runs"
 OF_ANY_METHOD = ("distributed", "distillation", "reweighting", "dynamic_loading")
 """Sections of a config that are no method's own: plain training has a use for them."""
 NOT_IN_BASE = {
@@ -136,11 +140,13 @@ class Comparison:
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
     """Read and check a comparison. Raises UserError with file, line and nearest key for what is unknown or not allowed,
     and for arms that could not be compared."""
+    check_arms(path, overrides)
     settings: CompareConfig = load_dataclass(path, CompareConfig, overrides)
     for key, why in NOT_IN_BASE.items():
         if take(settings.base, key)[0] is not None:
             raise UserError(f"{place_of(settings.base, key)}base.{key}: {why}")
     base = config_from_layers(settings.base)
+    check_one_process(base, "base.distributed")
     if not base.eval_data and not base.eval_fraction:
         raise UserError("base.eval_data: there is none to compare losses on; give it, or an eval_fraction above 0")
     _check_multiples(settings.plain_multiples, base.max_steps)
@@ -242,15 +248,54 @@ def _halved(config: RunConfig) -> RunConfig:
         )
     if len({source.half for source in config.eval_data}) > 1 or config.eval_data[0].half:
         raise UserError("base.eval_data: is halved for choosing learning rates; give selection_data instead of half")
+    for source in config.eval_data:
+        if Path(source.path).expanduser().exists() and _documents(source, 2) < 2:
+            raise UserError(
+                f"base.eval_data: {source.path} is a single document, which cannot be halved to choose learning "
+                "rates; give selection_data, or several documents"
+            )
     even, odd = (
         tuple(dataclasses.replace(source, half=half) for source in config.eval_data) for half in ("even", "odd")
     )
     return dataclasses.replace(config, selection_data=even, eval_data=odd)
 
 
+def _documents(source: SourceConfig, most: int) -> int:
+    """How many documents a source has, as far as `most`: a text may come in several rows."""
+    return sum(1 for _ in itertools.islice((row for row in iterate_rows(source) if row.first), most))
+
+
 def one_order(config: RunConfig) -> bool:
-    """Whether the data come in the same order at every seed."""
-    return config.streaming and len(config.data) == 1
+    """Whether seeds are no sample of the orders of the data: a stream comes as it lies, and of several sources the seed
+    only decides which begins."""
+    return config.streaming
+
+
+def check_one_process(config: RunConfig, where: str) -> None:
+    """Raise UserError for a run of several processes: those of comparisons and pilots have one each."""
+    if config.distributed.strategy != "none":
+        raise UserError(
+            f"{where}: strategy {config.distributed.strategy}, and these runs have one process each, so a step would "
+            "have fewer sequences; leave it out, and raise gradient_accumulation_steps to as many as all processes have"
+        )
+
+
+def check_arms(path: str | Path, overrides: Sequence[str]) -> None:
+    """Raise UserError for an override of a variant that the file does not have: a new one is given whole
+    (variants.NAME={...}), so this is a mistake in its name."""
+    node = child_of(parse_file(str(path)), "variants")
+    names = [str(key.value) for key, _ in node.value] if isinstance(node, MappingNode) else []
+    for word in overrides:
+        key = word.partition("=")[0]
+        name, _, inner = key.removeprefix("variants.").partition(".")
+        if key.startswith("variants.") and inner and not any(key.startswith(f"variants.{one}.") for one in names):
+            near = difflib.get_close_matches(name, names, n=1)
+            raise UserError(
+                f"{key}: there is no variant {name}"
+                + (f" (did you mean {near[0]}?)" if near else "")
+                + "; a new one is "
+                f"given whole, as in 'variants.{name}={{method: apex}}'"
+            )
 
 
 def scaled_steps(steps: int, multiple: float) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from graftlm.comparing.config import ONE_ORDER, one_order
+from graftlm.comparing.config import ONE_ORDER, check_one_process, one_order
 from graftlm.comparing.process import RunFailed, check_writable, discard, run_record
 from graftlm.comparing.results import Record
 from graftlm.comparing.statistics import FEWEST, LEVEL, are_copies
@@ -57,10 +57,13 @@ def plan_pilot(config: RunConfig, total_steps: int, *, share: float = SHARE, pai
     """
     if config.method == "full":
         raise UserError("method: full is what a pilot compares with; give the method to try, e.g. method=apex")
+    check_one_process(config, "distributed.strategy")
+    if config.apex.stage_by == "epochs" and config.max_steps > 0 and config.method == "apex":
+        raise UserError("apex.stage_by: epochs beside max_steps: a pilot has no epochs; give stage_by: steps")
     if config.dynamic_loading.every:
         raise UserError("dynamic_loading: a run's losses decide what it reads next, so no control could see the same")
     if one_order(config):
-        raise UserError(f"{ONE_ORDER}, and pairs tell no more than one; try it without, on a part (data.limit)")
+        raise UserError(f"{ONE_ORDER}, and pairs tell little more than one; try it without, on a part (data.limit)")
     if pairs < FEWEST:
         raise UserError(f"pairs: {pairs} give no interval; at least {FEWEST}")
     sequences = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -85,10 +88,34 @@ def plan_pilot(config: RunConfig, total_steps: int, *, share: float = SHARE, pai
     elif length is not None:
         length = max(1.0, length * scale)
     small = dataclasses.replace(apex, assess_samples=assessed, stage_length=length, stage_by=by)
-    pilot_config = dataclasses.replace(config, apex=small, max_steps=steps, control=False, save_steps=0)
+    pilot_config = dataclasses.replace(
+        config, apex=small, max_steps=steps, control=False, save_steps=0, **_intervals(config, steps, scale)
+    )
     return Plan(
         pilot_config, total_steps * step_tokens, steps, pairs, steps * step_tokens, assessed * config.max_length
     )
+
+
+def _intervals(config: RunConfig, steps: int, scale: float) -> dict[str, Any]:
+    """The section of a method that does something every so many steps, scaled as the run is, to a step at least."""
+
+    def scaled(length: float) -> int:
+        return max(1, round(length * scale))
+
+    relora, hft, lift, ist = config.relora, config.hft, config.lift, config.ist
+    if config.method == "relora":  # below 1 they are shares of the run
+        spans = {name: value for name in ("interval", "warmup", "warm_start") if (value := getattr(relora, name)) >= 1}
+        changes: dict[str, Any] = {name: scaled(value) for name, value in spans.items()}
+        return {"relora": dataclasses.replace(relora, **changes)}
+    if config.method == "hft" and hft.round_steps is not None:
+        return {"hft": dataclasses.replace(hft, round_steps=scaled(hft.round_steps))}
+    if config.method == "hft" and config.max_steps <= 0 and config.num_train_epochs > 1:  # a round is an epoch
+        return {"hft": dataclasses.replace(hft, round_steps=max(1, round(steps / config.num_train_epochs)))}
+    if config.method == "lift" and lift.interval:
+        return {"lift": dataclasses.replace(lift, interval=scaled(lift.interval))}
+    if config.method == "ist":
+        return {"ist": dataclasses.replace(ist, interval=scaled(ist.interval))}
+    return {}
 
 
 def _runs(pairs: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from graftlm.comparing.cells import Cells
-from graftlm.comparing.config import SAME_FOR_ALL, Arm, Comparison
+from graftlm.comparing.config import SAME_FOR_ALL, Arm, Comparison, one_order
 from graftlm.comparing.results import Record
 from graftlm.comparing.statistics import are_copies, difference, tokens_needed
 from graftlm.errors import UserError
@@ -106,7 +106,8 @@ def _arm(
     rate = cells.chosen_rate(arm)
     losses = {seed: record["eval_loss_end"] for seed, record in own.items()}
     controls = list(runs[arm.matched].values()) if arm.matched else []
-    copies = are_copies([record["eval_loss_end"] for record in controls])
+    same = are_copies([record["eval_loss_end"] for record in controls])
+    copies = same or one_order(arm.config)
     entry: dict[str, Any] = {
         "name": arm.name,
         "method": arm.config.method,
@@ -134,7 +135,7 @@ def _arm(
             f"{len(control.learning_rates)}: a part of the difference may come from that; give learning_rates at the "
             "top"
         )
-    if copies:
+    if same:
         notes.append(
             f"{control.name} has the same loss, bit for bit, at all seeds: they are copies of one run, and no interval "
             "is given (streamed data come in the same order at every seed)"
@@ -171,7 +172,7 @@ def _rates(arm: Arm, cells: Cells) -> list[dict[str, Any]]:
         return []
     rows = []
     for rate in arm.learning_rates:
-        found = [cells.record(cells.cell(arm, seed, rate)) for seed in cells.comparison.selection_seeds]
+        found = [cells.trained(cells.cell(arm, seed, rate)) for seed in cells.comparison.selection_seeds]
         losses = [record["selection_loss"] for record in found if record]
         rows.append({"rate": rate, "n": len(losses), "selection_loss": statistics.fmean(losses) if losses else None})
     return rows

@@ -20,7 +20,7 @@ from graftlm.evaluation.request_cache import RequestCache
 from graftlm.evaluation.task_lists import CODE_SAMPLES, HUMANEVAL
 from graftlm.evaluation.tasks import PreparedTasks, parse_tasks, prepare_tasks
 from graftlm.files import check_file, write_json
-from graftlm.models import load_model, load_tokenizer
+from graftlm.models import load_model, load_tokenizer, to_gpu
 from graftlm.training.data.cache import tokenizer_fingerprint
 
 
@@ -76,8 +76,7 @@ def run_evaluation(
 
     tokenizer = load_tokenizer(model_name, trust_remote_code=trust_remote_code)
     model = load_model(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
-    if torch.cuda.is_available():
-        model.to("cuda")  # type: ignore[arg-type]
+    to_gpu(model)
     key = {
         "model": model_fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),

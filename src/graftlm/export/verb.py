@@ -24,8 +24,8 @@ def add_verb(verb: Callable[..., Any], model_help: str) -> None:
         "of different widths go to llama.cpp's architectures `deci` (like Llama, Mistral, Qwen2, Phi-3) and `openelm`\n"
         "(like Qwen3, tied embeddings). --format padded fills every layer up with zeros to the widest: a stock\n"
         "checkpoint for programs that need one, the same function, none of the speed. Details: docs/export.md",
-        "graftlm export runs/small --format gguf --quantize q8_0",
-        "llama-server -m runs/small/small-q8_0.gguf",
+        "graftlm export runs/small --format gguf --quantize f16",
+        "llama-server -m runs/small/small-f16.gguf",
     )
     parser.add_argument("model", metavar="MODEL", help=model_help)
     parser.add_argument(

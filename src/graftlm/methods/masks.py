@@ -23,7 +23,8 @@ def top_entries(scores: Tensor, count: int) -> Tensor:
     flat = scores.flatten()
     if count >= len(flat):
         return torch.ones_like(scores, dtype=torch.bool)
-    least = flat.kthvalue(len(flat) - count + 1).values
+    # On a GPU torch selects from one tensor with a single block of threads.
+    least = kth_highest([lambda: flat], count) if flat.is_cuda else flat.kthvalue(len(flat) - count + 1).values
     return _above(flat, least, count)[0].view(scores.shape)
 
 

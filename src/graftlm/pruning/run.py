@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from graftlm.errors import UserError
 from graftlm.files import check_folder, remove_unfinished
 from graftlm.held_out import mean_loss
-from graftlm.models import check_vocabulary, context_of, load_model, load_skeleton, load_tokenizer
+from graftlm.models import check_vocabulary, context_of, load_model, load_skeleton, load_tokenizer, to_gpu
 from graftlm.parts import layer_parameters
 from graftlm.progress import step_bar
 from graftlm.pruning.base import Pruned, PruneStep
@@ -78,8 +78,7 @@ def run_prune(
         raise UserError(
             f"prune: sample_length {settings.sample_length} is above the model's context of {context} tokens"
         )
-    if torch.cuda.is_available():
-        model.to("cuda")  # type: ignore[arg-type]
+    to_gpu(model)
     before, layers = _loss(model, calibration), layer_parameters(model)
     with _Bar(settings.method, progress) as bar:
         pruned = prune(model, settings, calibration, bar.step)

@@ -20,6 +20,15 @@ TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 GIVEN = frozenset(os.environ)
 """Variables that were set when the program began: by the user, or a launcher."""
 TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
+LIBRARIES = {
+    "grokadamw": "grokadamw",
+    "lomo": "lomo_optim",
+    "adalomo": "lomo_optim",
+    "schedule_free": "schedulefree",
+    "stable_adamw": "optimi",
+    "adamw_anyprecision": "torchdistx",
+}
+"""What names of optimizers begin with -> the package that has them."""
 
 # Passed on under the same name.
 SAME = (
@@ -54,6 +63,13 @@ def check_optimizer(config: RunConfig) -> None:
         raise UserError(f"optim: {config.optim} is no optimizer of transformers; try {near[0] if near else names[0]}")
     if config.optim in TORCHAO:
         raise UserError(f"optim: the state of {config.optim} cannot be kept in a checkpoint; use adamw_8bit")
+    if config.optim.startswith(("galore", "apollo")):
+        raise UserError(f"optim: {config.optim} asks for optim_target_modules, which no key sets; use adamw_torch")
+    library = next((library for start, library in LIBRARIES.items() if config.optim.startswith(start)), None)
+    if library is not None and importlib.util.find_spec(library) is None:
+        raise UserError(
+            f"optim: {config.optim} needs {library}, which is not installed; use adamw_torch, or install it"
+        )
     eight_bit = "8bit" in config.optim or config.optim.startswith(("paged_", "ademamix", "lion", "rmsprop_bnb"))
     if eight_bit and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"optim: {config.optim} needs bitsandbytes; pip install bitsandbytes, or use adamw_torch")

@@ -106,8 +106,8 @@ class RunConfig:
     """A training run (`graftlm train CONFIG.yaml`)."""
 
     model: str
-    """A folder, a Hub id, a .gguf file, or `tiny-llama` (a small random Llama built from its config, for tests and
-    newcomers)."""
+    """A folder, a Hub id, a .gguf file, or built-in: `smollm2` (SmolLM2-135M-Instruct as a 4-bit file, unpacked), or
+    `tiny-llama` (a small random Llama built from its config, for tests and newcomers)."""
     data: tuple[SourceConfig, ...]
     """Training data: a path, a list of paths, or a list of sources with weights."""
     output_dir: str = "runs/train"
@@ -209,7 +209,7 @@ class RunConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0: not."""
     optim: str = "adamw_torch"
-    """Any of transformers' optimizers."""
+    """Any of transformers' optimizers but GaLore, APOLLO and torchao's; some need a library of their own."""
     bf16: bool = False
     """bfloat16 autocast; weights and optimizer stay float32."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -20,7 +20,8 @@ from graftlm.training.distributed import on_main
 FREE_ON_RESUME = {"control", "save_total_limit", "report_to", "logging_steps", "per_device_eval_batch_size"}
 FREE_ON_RESUME |= {"save_steps", "cache_dir", "output_dir"}
 # So may these, as long as a step has the same sequences and checkpoints the same form; the checkpoint says.
-FREE_ON_RESUME |= {"per_device_train_batch_size", "gradient_accumulation_steps", "distributed"}
+OF_A_MICROBATCH = {"per_device_train_batch_size", "gradient_accumulation_steps", "distributed"}
+FREE_ON_RESUME |= OF_A_MICROBATCH  # but where the loss, or the assessment, is of a micro-batch
 
 
 @contextlib.contextmanager
@@ -67,7 +68,10 @@ def open_folder(config: RunConfig, run: Path, resume: bool) -> Path | None:
 def check_same_config(config: RunConfig, run: Path) -> None:
     before = load_config(run / "config.yaml")
     old, new = config_to_dict(before), config_to_dict(config)
-    changed = [key for key in new if new[key] != old.get(key) and key not in FREE_ON_RESUME]
+    free = FREE_ON_RESUME
+    if config.reweighting.strategy != "none" or config.apex.assess_per == "microbatch":
+        free = free - OF_A_MICROBATCH
+    changed = [key for key in new if new[key] != old.get(key) and key not in free]
     changed = [key for key in changed if not is_elsewhere(key, before, config, run / SETTINGS)]
     if changed:
         raise UserError(

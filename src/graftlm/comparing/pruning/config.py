@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from yaml.nodes import Node
 
+from graftlm.comparing.config import check_arms
 from graftlm.comparing.pruning.jobs import Job, PruneJob, ShrinkJob
 from graftlm.comparing.statistics import FEWEST
 from graftlm.configuring import config_from_layers, load_dataclass, place_of, take
@@ -180,6 +181,7 @@ class PruneComparison:
 
 def load_prune_comparison(path: str | Path, overrides: Sequence[str] = ()) -> PruneComparison:
     """Read and check a comparison of ways of pruning. Raises UserError with file, line and nearest key."""
+    check_arms(path, overrides)
     settings: PruneCompareConfig = load_dataclass(path, PruneCompareConfig, overrides)
     refused = NOT_IN_PRUNE if settings.shrink is None else NOT_IN_SHRINK
     base = settings.shrink or settings.prune

@@ -9,7 +9,12 @@ from graftlm.reporting.style import BEFORE, CONTROL, colours, count_axis, figure
 
 def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
     """Draw what there is to see of comparison.json into `folder`; returns the files."""
-    made = [_perplexity(summary, text, folder / f"perplexity_{Path(text).stem}.png") for text in summary["texts"]]
+    stems = [Path(text).stem for text in summary["texts"]]
+    names = [stem if stems.count(stem) == 1 else text for stem, text in zip(stems, summary["texts"], strict=True)]
+    made = [
+        _perplexity(summary, text, folder / f"perplexity_{name}.png")
+        for text, name in zip(summary["texts"], names, strict=True)
+    ]
     for number, size in enumerate(dict.fromkeys(row["size"] for row in summary["rows"])):
         shapes = {row["name"]: row["shapes"] for row in summary["rows"] if row["size"] == size and row["shapes"]}
         if shapes:

@@ -25,6 +25,7 @@ from graftlm.comparing.tasks import Tasks
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import check_file, read_json, write_json, write_text
+from graftlm.identity import SETTINGS, same_settings
 from graftlm.reporting import figures
 
 
@@ -103,6 +104,10 @@ def run_cell(
     def left() -> float | None:
         return None if seconds_left is None else seconds_left - (time.monotonic() - began)
 
+    told = folder / SETTINGS
+    if told.exists() and not same_settings(read_json(told), cell.settings):
+        (folder / DONE).unlink(missing_ok=True)  # a default has changed since: the name is the same, the model another
+    write_json(told, cell.settings)
     if cell.job and not ((folder / DONE).exists() and (folder / MODEL).exists()):
         given = folder / "given.json"
         data = [dataclasses.asdict(source) for source in settings.data]

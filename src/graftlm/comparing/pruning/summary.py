@@ -10,6 +10,7 @@ from typing import Any
 from graftlm.comparing.pruning.cells import PruneCells
 from graftlm.comparing.pruning.config import PruneArm, PruneComparison, Size
 from graftlm.comparing.results import Record
+from graftlm.comparing.statistics import are_copies
 from graftlm.comparing.summary import different, hardware_text, mean_by_seed, paired_differences, task_scores
 from graftlm.reporting import figures
 
@@ -73,7 +74,12 @@ def _row(
             for some in (own, other)
         )
         tokens = {seed: record["perplexity"][text]["token_perplexity"] for seed, record in own.items()}
-        ratio = paired_ratios(mine, theirs)
+        copies = are_copies(list(mine.values())) and are_copies(list(theirs.values()))
+        if copies:
+            notes.append(
+                f"{arm.name} and {comparison.control} at {size.label} are the same models in all trials: no interval"
+            )
+        ratio = paired_ratios(mine, theirs, copies=copies)
         perplexity[text] = {
             "word": mean_by_seed(mine),
             "token": mean_by_seed(tokens),
@@ -100,15 +106,18 @@ def _row(
         "gone": mean_by_seed({seed: 1 - r["parameters"] / r["original_parameters"] for seed, r in own.items()}),
         "components_gone": _components_gone(own),
         "shapes": shapes,
-        "tasks": task_scores(own, other),
+        "tasks": task_scores(own, other, copies=copies),
     }
 
 
-def paired_ratios(own: Mapping[int, float], other: Mapping[int, float]) -> dict[str, Any] | None:
+def paired_ratios(
+    own: Mapping[int, float], other: Mapping[int, float], *, copies: bool = False
+) -> dict[str, Any] | None:
     """own / other over the seeds that both have, as summary.paired_differences: the mean is geometric, and its
     intervals are those of the difference of logarithms (of nats a word, where these are word perplexities), because
     perplexities of broken models lie orders of magnitude apart."""
-    logs = paired_differences(*({seed: math.log(value) for seed, value in some.items()} for some in (own, other)))
+    mine, theirs = ({seed: math.log(value) for seed, value in some.items()} for some in (own, other))
+    logs = paired_differences(mine, theirs, copies=copies)
     if logs is None:
         return None
 

@@ -116,23 +116,27 @@ def _tasks(summary: dict[str, Any]) -> Table:
     rows = summary["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
     metric = {name: next(row["tasks"][name]["metric"] for row in rows if name in row["tasks"]) for name in names}
+    averaged = ["perplexity" not in metric[name] for name in names]
     made = []
     if original := summary["original"]:
         scores = [original["tasks"].get(name, {}).get("mean") for name in names]
-        made.append(("", "original", *map(figures.loss, scores), figures.loss(_average(scores))))
+        made.append(("", "original", *map(figures.loss, scores), figures.loss(_average(scores, averaged))))
     for row in rows:
         scores = [row["tasks"].get(name, {}).get("mean") for name in names]
-        made.append((row["size"], row["name"], *map(figures.loss, scores), figures.loss(_average(scores))))
+        made.append((row["size"], row["name"], *map(figures.loss, scores), figures.loss(_average(scores, averaged))))
     return Table(
         "Tasks",
         ("size", "variant", *(f"{name} ({metric[name]})" for name in names), "average"),
         tuple(made),
-        "means over trials; higher is better",
+        "means over trials; higher is better"
+        + ("" if all(averaged) else ", of perplexities lower: no average has them"),
     )
 
 
-def _average(scores: Sequence[Any]) -> float | None:
-    return sum(scores) / len(scores) if scores and all(map(figures.is_number, scores)) else None
+def _average(scores: Sequence[Any], averaged: Sequence[bool]) -> float | None:
+    """Of those that are averaged; None where one is missing."""
+    kept = [score for score, one in zip(scores, averaged, strict=True) if one]
+    return sum(kept) / len(kept) if kept and all(map(figures.is_number, kept)) else None
 
 
 def _of(row: Row, key: str) -> Any:
