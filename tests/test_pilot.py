@@ -258,6 +258,10 @@ def test_streams_of_one_order_are_refused(tmp_path):
             plan_pilot(dataclasses.replace(config, data=data), 9_000)
 
 
+def test_pilots_write_no_checkpoints(tmp_path):
+    assert plan_pilot(tiny_config(tmp_path, max_steps=9_000), 9_000).config.save_total_limit == 0
+
+
 def test_what_a_method_does_every_so_many_steps_is_scaled(tmp_path):
     """The method as planned, and not one that never chooses again."""
     scale = plan_pilot(tiny_config(tmp_path, max_steps=9_000), 9_000).steps / 9_000

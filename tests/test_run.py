@@ -472,3 +472,13 @@ def test_a_lean_run_trains_the_same(method, tmp_path):
     weights = [load_file(Path(one.output_dir) / "model" / "model.safetensors") for one in (whole, lean)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert "activations.safetensors" not in files_of(Path(lean.output_dir))
+
+
+def test_a_run_may_write_no_checkpoints(tmp_path):
+    """Stages and the end would write some."""
+    with_some, without = (tiny_config(tmp_path / str(kept), save_total_limit=kept) for kept in (2, 0))
+    for config in (with_some, without):
+        train_one(config, resume=False)
+    one, other = (Path(config.output_dir) for config in (with_some, without))
+    assert list((one / "checkpoints").iterdir()) and not list((other / "checkpoints").glob("*"))
+    assert read_metrics(one) == read_metrics(other)

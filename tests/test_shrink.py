@@ -258,6 +258,7 @@ def test_distillation_from_the_original(tmp_path):
         ({"prune": {"method": "flap", "iterations": None}, "keep_moments": True}, "or prune.flap_compensation: false"),
         ({"train": {"optim": "adafactor"}, "keep_moments": True}, "the state of optim: adafactor cannot be cut"),
         ({"max_steps": 3}, "max_steps: 3 steps are too few for 3 phases"),
+        ({"train": {"save_total_limit": 0}}, "train.save_total_limit: each phase goes on from a checkpoint"),
     ],
 )
 def test_what_cannot_be_is_said_first(changes, message, tmp_path):

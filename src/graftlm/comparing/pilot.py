@@ -89,7 +89,13 @@ def plan_pilot(config: RunConfig, total_steps: int, *, share: float = SHARE, pai
         length = max(1.0, length * scale)
     small = dataclasses.replace(apex, assess_samples=assessed, stage_length=length, stage_by=by)
     pilot_config = dataclasses.replace(
-        config, apex=small, max_steps=steps, control=False, save_steps=0, **_intervals(config, steps, scale)
+        config,
+        apex=small,
+        max_steps=steps,
+        control=False,
+        save_steps=0,
+        save_total_limit=0,  # a run that is shorter than writing its state, perhaps
+        **_intervals(config, steps, scale),
     )
     return Plan(
         pilot_config, total_steps * step_tokens, steps, pairs, steps * step_tokens, assessed * config.max_length

@@ -5,7 +5,6 @@ What it yields goes to `lm.loglikelihood_rolling(...)` (perplexity) as well as t
 
 import contextlib
 import copy
-import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftlm.errors import UserError
 from graftlm.evaluation.request_cache import RequestCache
-from graftlm.models import check_vocabulary, context_of, quiet_transformers
+from graftlm.models import check_vocabulary, context_of, quiet_loggers, quiet_transformers
 
 
 class HarnessModel(HFLM):
@@ -149,12 +148,5 @@ def harness_model(
 def quiet_harness() -> Iterator[None]:
     """Only errors are logged: the harness warns of every model that it has not loaded itself and of every shot count
     that is not a task's own, the Hub's library of each time it tries again."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
+    with quiet_loggers("lm_eval", "huggingface_hub"):
         yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -238,7 +238,7 @@ class RunConfig:
     save_steps: int = 0
     """Steps between checkpoints; 0: at stage boundaries and at the end only."""
     save_total_limit: int = 2
-    """How many checkpoints are kept."""
+    """How many checkpoints are kept; 0: none is written, and a killed run begins anew."""
     report_to: tuple[str, ...] = ()
     """tensorboard, trackio, wandb; metrics.jsonl is written anyway."""
     seed: int = 0
@@ -257,7 +257,6 @@ class RunConfig:
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "logging_steps",
-            "save_total_limit",
             "eval_max_blocks",
             "learning_rate",
             "num_train_epochs",
@@ -272,7 +271,7 @@ class RunConfig:
         for name in ("warmup_ratio", "eval_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} must be in [0, 1)")
-        for name in ("weight_decay", "max_grad_norm", "eval_steps", "save_steps"):
+        for name in ("weight_decay", "max_grad_norm", "eval_steps", "save_steps", "save_total_limit"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: {getattr(self, name)} must not be negative")
         if self.max_steps == 0 or self.max_steps < -1:

@@ -283,6 +283,8 @@ class RunTrainer(ApexTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything of this moment, in one folder that is there whole or not at all."""
+        if not self.args.save_total_limit:
+            return
         folder = self.run / "checkpoints" / f"step-{self.state.global_step}"
         assert self.metrics is not None
         scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
@@ -305,7 +307,7 @@ class RunTrainer(ApexTrainer):
             if is_main():
                 self.state.save_to_json(str(temporary / STATE_FILE))
         if is_main():
-            for old in list_checkpoints(self.run)[: -(self.args.save_total_limit or 1)]:
+            for old in list_checkpoints(self.run)[: -self.args.save_total_limit]:
                 shutil.rmtree(old)
 
     def _optimized(self) -> list[str]:

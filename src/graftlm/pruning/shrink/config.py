@@ -199,6 +199,11 @@ def _training(settings: ShrinkConfig, name: str) -> RunConfig:
                 f"{where}train.apex.{key}: the phases share one schedule of the learning rate, which stages must leave "
                 "as it is; leave it out"
             )
+    if not run.save_total_limit:
+        where = place_of(settings.train, "save_total_limit") if settings.train is not None else ""
+        raise UserError(
+            f"{where}train.save_total_limit: each phase goes on from a checkpoint of the last; give 1 or more"
+        )
     step = run.per_device_train_batch_size * run.gradient_accumulation_steps * run.max_length
     steps = settings.max_steps or math.ceil((settings.tokens or 0) / step)
     kwargs = run.lr_scheduler_kwargs
