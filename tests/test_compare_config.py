@@ -58,6 +58,7 @@ def load(tmp_path, text, *overrides):
         (BASE + "variants: {a: {}}\nseeds: [0, 0]\n", "c.yaml:7: seeds: [0, 0] has a value twice"),
         (BASE + "variants: {a: {}}\nseeds: [0]\nselection_seeds: [1]\n", "c.yaml:8: selection_seeds: 1 is not among"),
         (BASE + "  distributed: {strategy: ddp}\nvariants: {a: {}}\n", "base.distributed: strategy ddp, and these"),
+        (BASE + "variants:\n  a: {distributed: {strategy: ddp}}\n", "c.yaml:7: variants.a.distributed: strategy ddp"),
         (BASE + "variants: {a: {}}\ntask_batch_size: 0\n", "c.yaml:7: task_batch_size: 0 must be at least 1"),
         (BASE + "variants: {a: {}}\nlearning_rates: [0]\n", "c.yaml:7: learning_rates: every value must be above 0"),
         (
@@ -285,7 +286,8 @@ def test_a_misspelt_variant_is_no_new_one(tmp_path, loads):
     with pytest.raises(UserError, match=r"variants.apx.apex.stages: there is no variant apx \(did you mean apex\?\)"):
         loads(path, ["variants.apx.apex.stages=4"])
     if loads is load_comparison:
-        arms = loads(path, ["variants.apex.apex.stages=1", "variants.new={method: lora}"]).arms
+        new = ["variants.new={method: lora}", "variants.new.lora.rank=2"]
+        arms = loads(path, ["variants.apex.apex.stages=1", *new]).arms
         assert {arm.name for arm in arms} == {"control", "apex", "APEX 2.4%", "new"}
 
 

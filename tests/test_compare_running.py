@@ -23,6 +23,7 @@ from graftlm.comparing.loop import alone
 from graftlm.comparing.process import OutOfTime, RunFailed, run_record, watch
 from graftlm.comparing.pruning import runner as prune_runner
 from graftlm.comparing.runner import compare
+from graftlm.comparing.summary import summarise
 from graftlm.comparing.tasks import Tasks
 from graftlm.errors import UserError
 from graftlm.training.run import train_one
@@ -298,6 +299,24 @@ def test_only_the_chosen_learning_rate_is_evaluated(in_this_process, monkeypatch
     assert all(by_name(summary, name)["tasks"]["arc_easy"]["mean"] == 0.25 for name in rates)
     assert waiting == [sorted(evaluated[number:]) for number in range(4)]
     assert not list(out.glob("cells/*/model"))
+
+
+def test_a_run_that_two_arms_share_is_evaluated_for_the_one_that_chose_it(tmp_path):
+    """The same run under two names: a learning rate that the one rejects is the other's."""
+    variants = {"tuned": {"method": "apex", "learning_rates": [1e-3, 3e-3]}, "given": {"method": "apex"}}
+    given = {"base": {"learning_rate": 3e-3}, "tasks": ["arc_easy"], "seeds": [0], "plain_multiples": [1]}
+    _, cells = opened(write_comparison(tmp_path, variants=variants, **given))
+    scores = {"asked": ["arc_easy"], "limit": None, "results": {"arc_easy": {"acc": 0.5, "shots": 0}}, "data": {}}
+    for _ in range(9):  # each is trained, then evaluated if that is asked for
+        if todo := cells.open():
+            better = 0.1 if todo[0].config.method == "apex" and todo[0].learning_rate == 1e-3 else 0.0
+            found = scores if cells.trained(todo[0]) or cells.tasks(todo[0]) else {}
+            cells.results.put(todo[0].key, made_up(todo[0], 3.0 - better, tasks=found))
+    assert not cells.open()
+    arms = {arm["name"]: arm for arm in summarise(cells.comparison, cells, {})["arms"]}
+    assert arms["tuned"]["learning_rate"] == 1e-3 and arms["given"]["learning_rate"] == 3e-3
+    assert all(arms[name]["tasks"]["arc_easy"]["mean"] == 0.5 for name in arms)
+    assert all(cells.settled(cell) for cell in cells.wanted())
 
 
 def test_a_folder_of_other_settings_is_no_finished_run(in_this_process, tmp_path):

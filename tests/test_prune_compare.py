@@ -192,6 +192,8 @@ def test_a_model_of_older_defaults_is_made_again(in_this_process, tmp_path):
         before = (folder / runner.DONE).stat().st_mtime_ns
         compare(path, console=quiet())
         assert ((folder / runner.DONE).stat().st_mtime_ns != before) is again
+        assert (folder / runner.MODEL).exists() and not (folder / "stale").exists()
+        (folder / "stale").mkdir()  # of an unfinished shrink, say
 
 
 def test_tasks_on_other_questions_are_asked_again(in_this_process, tmp_path, monkeypatch):

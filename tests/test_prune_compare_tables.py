@@ -136,7 +136,7 @@ def test_models_that_are_the_same_in_every_trial_have_no_interval(tmp_path):
     ratio = row["perplexity"]["held_out.txt"]["ratio"]
     assert ratio["mean"] == pytest.approx(29 / 30) and ratio["shown"] == "no interval"
     assert ratio["t_interval"] is ratio["bootstrap_interval"] is None
-    assert any("are the same models in all trials: no interval" in note for note in summary["notes"])
+    assert any("is one model in all trials, and so is" in note for note in summary["notes"])
 
 
 def test_perplexities_are_in_no_average_of_scores(tmp_path):

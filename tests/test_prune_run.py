@@ -84,6 +84,16 @@ def test_large_data_is_not_read_whole(text, monkeypatch):
     assert len(part.sequences) == 20 < len(whole.sequences)
 
 
+def test_of_large_and_small_data_both_are_seen(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("graftlm.pruning.calibration.LARGE", 5_000)
+    small = tmp_path / "small.jsonl"
+    small.write_text(json.dumps({"text": "tiny " * 60}) + "\n")
+    sources = [SourceConfig(str(small)), SourceConfig(str(text))]
+    found = calibration_from(load_tokenizer("tiny-llama"), PruneSettings(sparsity=0.2), sources, progress=False)
+    seen = [load_tokenizer("tiny-llama").decode(item["input_ids"]) for item in found.sequences]
+    assert len(seen) > 50 and sum("tiny" in piece for piece in seen) in range(1, 9)
+
+
 def test_rows_are_read_as_a_run_reads_them(tmp_path, monkeypatch):
     monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "both.jsonl"

@@ -107,13 +107,14 @@ class Cells:
     def tasks(self, cell: Cell) -> Tasks | None:
         """What a run is evaluated on: plain training at other lengths, and a learning rate that is not (or not yet)
         chosen, on nothing."""
-        if not self._tasks.asked or cell.multiple != 1 or not self._is_chosen(cell):
+        chosen = (self.chosen_rate(arm) == cell.learning_rate for arm in self._arms_of(cell))
+        if not self._tasks.asked or not any(chosen):
             return None
         return dataclasses.replace(self._tasks, trust_remote_code=cell.config.trust_remote_code)
 
     def settled(self, cell: Cell) -> bool:
         """Whether nothing more is wanted of a cell's model."""
-        if self._tasks.asked and cell.multiple == 1 and self.chosen_rate(self.comparison.arm(cell.arm)) is None:
+        if self._tasks.asked and any(self.chosen_rate(arm) is None for arm in self._arms_of(cell)):
             return False
         return self.record(cell) is not None
 
@@ -121,8 +122,12 @@ class Cells:
         """The finished run of a cell, evaluated on tasks or not: what a learning rate is chosen by."""
         return None if cell is None else self.results.get(cell.key, cell.settings)
 
-    def _is_chosen(self, cell: Cell) -> bool:
-        return self.chosen_rate(self.comparison.arm(cell.arm)) == cell.learning_rate
+    def _arms_of(self, cell: Cell) -> Iterator[Arm]:
+        """The arms of which this is a run of their own length: another one may come to the same run."""
+        for arm in self.comparison.arms if cell.multiple == 1 else ():
+            same = cell.learning_rate in arm.learning_rates and self.cell(arm, cell.seed, cell.learning_rate)
+            if same and same.key == cell.key:
+                yield arm
 
     def rates(self, arm: Arm, seed: int) -> tuple[float, ...]:
         """Learning rates that `arm` is run at with this seed, as far as known."""

@@ -175,6 +175,7 @@ def _variant(name: str, node: Node, base: RunConfig, settings: CompareConfig) ->
     config = config_from_layers(settings.base, changes)
     if config.method == "full":
         config = dataclasses.replace(config, **_plain_sections(config))
+    check_one_process(config, f"{place_of(changes, 'distributed')}variants.{name}.distributed")
     if config.dynamic_loading.every:
         raise UserError(
             f"{place_of(changes, 'dynamic_loading')}variants.{name}.dynamic_loading: a run's losses decide what it "
@@ -287,6 +288,8 @@ def check_arms(path: str | Path, overrides: Sequence[str]) -> None:
     names = [str(key.value) for key, _ in node.value] if isinstance(node, MappingNode) else []
     for word in overrides:
         key = word.partition("=")[0]
+        if key == "variants":
+            return  # all of them are given there
         name, _, inner = key.removeprefix("variants.").partition(".")
         if key.startswith("variants.") and inner and not any(key.startswith(f"variants.{one}.") for one in names):
             near = difflib.get_close_matches(name, names, n=1)
@@ -296,6 +299,7 @@ def check_arms(path: str | Path, overrides: Sequence[str]) -> None:
                 + "; a new one is "
                 f"given whole, as in 'variants.{name}={{method: apex}}'"
             )
+        names += [name] if key.startswith("variants.") and not inner else []
 
 
 def scaled_steps(steps: int, multiple: float) -> int:

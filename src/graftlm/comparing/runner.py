@@ -120,6 +120,8 @@ class Guesses:
 
     def seconds(self, cell: Cell) -> float | None:
         """Median seconds a step of its method's runs (else of all), times its steps; None if nothing is known."""
+        if self._cells.trained(cell) is not None and self._cells.record(cell) is None:
+            return None  # only its evaluation is left
         known = self._taken.get(cell.config.method) or self._taken.get("")
         steps = cell.config.max_steps
         if known is None or steps < 0:

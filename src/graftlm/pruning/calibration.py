@@ -1,5 +1,6 @@
 """The sequences that importance is measured on: drawn anew for every iteration, by seed."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from graftlm.training.data.sources import HUB_PREFIX, source_bytes
 
 POOL = 2**16
 """Sequences to draw from at most, spread evenly over the data."""
+POOL_TOKENS = 2**24
+"""Tokens of them that are held in memory at most."""
 LARGE = 2**30
 """Bytes of a source above which, as of one on the Hub, it is not read whole."""
 HELD_OUT, HELD_OUT_SHARE = 64, 1 / 8
@@ -73,15 +76,17 @@ def calibration_from(
     which the shorter ones are left out.
 
     data: None: the text that `graftlm demo` trains on, and a note says so.
-    streaming: no more is read than the first POOL sequences; so too of large data, and a note says so.
+    streaming: no more is read than the first POOL sequences; so too of large data without `held_back`, and a note says
+    so.
     task: as a run reads the data.
     held_back: a run on the same data, what it holds out of which is left out.
 
     Raises UserError for data that cannot be read or are shorter than settings.samples sequences.
     """
     notes: tuple[str, ...] = ()
-    if not streaming and is_large(data or ()):
-        streaming = True
+    # What a run holds back of few documents, only reading all of them tells; it has done so already.
+    large = not streaming and held_back is None and is_large(data or ())
+    if large:
         notes = (f"data on the Hub or above {LARGE >> 30} GiB: only its first {POOL:,} sequences are drawn from",)
     if not data:
         data = demo_config(Path("unused")).data
@@ -106,11 +111,17 @@ def calibration_from(
         streaming=streaming,
         max_steps=1,  # unused; a stream has no length
     )
-    prepared = prepare_data(config, tokenizer, progress=progress)
-    train: Any = prepared.train
-    sequences = list(itertools.islice(train.one_pass(), POOL)) if streaming else train
-    if fraction and not streaming:
-        train.index = _clear_of(prepared.evaluation, train, pieces)
+    if large:
+        # Each source for itself: a mixture ends with its shortest.
+        parts = [dataclasses.replace(config, data=(source,), streaming=True) for source in config.data]
+        sequences: Any = [item for part in parts for item in _first(part, tokenizer, POOL // len(parts))]
+    else:
+        prepared = prepare_data(config, tokenizer, progress=progress)
+        sequences = prepared.train
+        if streaming:
+            sequences = list(itertools.islice(sequences.one_pass(), POOL))
+        elif fraction:
+            sequences.index = _clear_of(prepared.evaluation, sequences, pieces)
     there = len(sequences)
     candidates = np.arange(there) if there <= POOL else np.linspace(0, there - 1, POOL).round().astype(np.int64)
     whole = np.array([n for n in candidates if len(sequences[int(n)]["input_ids"]) == length], np.int64)
@@ -126,6 +137,13 @@ def calibration_from(
     back = numbers[[i * len(whole) // held for i in range(held)]] if held else numbers[:0]
     numbers = np.setdiff1d(numbers, back)
     return TextCalibration(sequences, whole[numbers], whole[back], settings.samples, length, settings.seed, notes)
+
+
+def _first(config: RunConfig, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, Any]]:
+    """The first `count` sequences of a stream, or as many as POOL_TOKENS allows."""
+    count = min(count, max(1, POOL_TOKENS // config.max_length))
+    train: Any = prepare_data(config, tokenizer).train
+    return list(itertools.islice(train.one_pass(), count))
 
 
 def is_large(data: Sequence[SourceConfig]) -> bool:

@@ -69,7 +69,8 @@ def check_same_config(config: RunConfig, run: Path) -> None:
     before = load_config(run / "config.yaml")
     old, new = config_to_dict(before), config_to_dict(config)
     free = FREE_ON_RESUME
-    if config.reweighting.strategy != "none" or config.apex.assess_per == "microbatch":
+    assessed = config.method == "apex" and config.apex.assess_per == "microbatch"
+    if config.reweighting.strategy != "none" or assessed:
         free = free - OF_A_MICROBATCH
     changed = [key for key in new if new[key] != old.get(key) and key not in free]
     changed = [key for key in changed if not is_elsewhere(key, before, config, run / SETTINGS)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 import subprocess
 import sys
 import time
@@ -106,7 +107,8 @@ def run_cell(
 
     told = folder / SETTINGS
     if told.exists() and not same_settings(read_json(told), cell.settings):
-        (folder / DONE).unlink(missing_ok=True)  # a default has changed since: the name is the same, the model another
+        shutil.rmtree(folder)  # a default has changed since: the name is the same, the model another
+        folder.mkdir()
     write_json(told, cell.settings)
     if cell.job and not ((folder / DONE).exists() and (folder / MODEL).exists()):
         given = folder / "given.json"

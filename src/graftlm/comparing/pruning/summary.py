@@ -68,17 +68,23 @@ def _row(
 ) -> dict[str, Any]:
     own, other = runs[arm.name], {} if arm.name == comparison.control else runs[comparison.control]
     perplexity = {}
-    for text in (Path(text).name for text in comparison.settings.perplexity):
+    texts = [Path(text).name for text in comparison.settings.perplexity]
+    # Of both sides one model in all trials, as far as every text tells.
+    copies = all(
+        are_copies([record["perplexity"][text]["word_perplexity"] for record in some.values()])
+        for some in (own, other)
+        for text in texts
+    )
+    if copies and other:
+        notes.append(
+            f"{arm.name} at {size.label} is one model in all trials, and so is {comparison.control}: no interval"
+        )
+    for text in texts:
         mine, theirs = (
             {seed: word for seed, r in some.items() if (word := r["perplexity"][text]["word_perplexity"]) is not None}
             for some in (own, other)
         )
         tokens = {seed: record["perplexity"][text]["token_perplexity"] for seed, record in own.items()}
-        copies = are_copies(list(mine.values())) and are_copies(list(theirs.values()))
-        if copies:
-            notes.append(
-                f"{arm.name} and {comparison.control} at {size.label} are the same models in all trials: no interval"
-            )
         ratio = paired_ratios(mine, theirs, copies=copies)
         perplexity[text] = {
             "word": mean_by_seed(mine),

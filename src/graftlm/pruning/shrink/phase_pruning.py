@@ -185,8 +185,8 @@ class _Losses:
     def _on(self, data: Any, model: PreTrainedModel) -> float:
         size, count = self._run.per_device_eval_batch_size, len(data)
         batches = (self.data.collator([data[i] for i in range(s, min(s + size, count))]) for s in range(0, count, size))
-        # As its training is evaluated: without a table of all logits.
-        fused = FusedLoss(model) if unfit(model) is None else None
+        # As training is evaluated where it can be: without a table of all logits.
+        fused = FusedLoss(model) if self._run.fused_loss is not False and unfit(model) is None else None
         try:
             with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=self._run.bf16):
                 return mean_loss(model, batches)
