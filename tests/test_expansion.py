@@ -97,7 +97,7 @@ def check(family: str, dtype: torch.dtype, **settings_) -> None:
             if value.norm() > 1e-6 and not name.endswith("k_proj.bias"):  # true gradient zero: Adam makes noise of it
                 assert relative(ours[name], value) < 1e-10, name
     else:
-        assert relative(whole(fast), whole(slow)) < 1e-6
+        assert relative(whole(fast), whole(slow)) < 3e-6  # 1e-7 to 1.5e-6, by family and processor
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -65,6 +65,8 @@ def test_padded_computes_the_same(family, kept, tmp_path):
     stock.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float64)
     assert type(again) is type(stock)
+    for parameter in again.parameters():  # mapped from the file they lie anywhere, and some kernels round by that
+        parameter.data = parameter.data.clone()
     assert torch.equal(logits(again), logits(stock))
 
 

@@ -84,7 +84,7 @@ def test_the_gradient_is_that_of_the_weighted_sum(strategy):
         share = len(one_by_one) * 7 / 35
         sum(float(w) * share * x for w, x in zip(weights, one_by_one, strict=True)).backward()
     for name, p in reference.named_parameters():
-        assert torch.allclose(found[name], p.grad, atol=1e-7), name
+        assert torch.allclose(found[name], p.grad, rtol=1e-4, atol=1e-6), name  # a batch rounds otherwise than its rows
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
