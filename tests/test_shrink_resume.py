@@ -84,6 +84,16 @@ def test_killed_before_something_gets_its_name(name, whole, model, tmp_path):
     assert_same_shrink(tmp_path / "run", reference)
 
 
+def test_what_a_kill_has_left_in_a_finished_phase_goes(whole, model, tmp_path):
+    """Its data.json is written once more when the next phase begins."""
+    reference, _ = whole("moments")
+    task = make_shrink(tmp_path, "moments", model)
+    assert start(task, kill_at="phase_02/pruned") == -signal.SIGKILL
+    (tmp_path / "run/phase_01/train/.data.json.unfinished-1").write_text("{")
+    assert start(task) == 0
+    assert_same_shrink(tmp_path / "run", reference)
+
+
 def test_finished_shrink_is_left_alone(whole, model, tmp_path):
     reference, _ = whole("moments")
     task = make_shrink(reference.parent, "moments", model)

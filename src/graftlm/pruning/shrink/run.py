@@ -171,7 +171,8 @@ def _open(task: Shrink, plan: dict[str, Any] | None) -> list[PhaseFolder]:
         )
         write_json(folder / "environment.json", describe_environment())
     folders = [PhaseFolder(folder, Phase(**phase)) for phase in read_json(folder / "phases.json")["phases"]]
-    for place in (folder, *(one.path for one in folders)):
+    # A finished training's folder, too: what the next phase is pruned on is compared with its data once more.
+    for place in (folder, *(place for one in folders for place in (one.path, one.train))):
         remove_unfinished(place)
     return folders
 
