@@ -331,7 +331,8 @@ def make_parser() -> argparse.ArgumentParser:
         "does it pay for this model and data?",
         "Train short runs in pairs, the method and plain training with the same schedule, until the difference is\n"
         "clear or 5% of the run's tokens are spent: APEX pays, does not, or undecided, with an interval. A gain is\n"
-        "checked against plain training at 1.5 times the rate. For runs of 1,875 steps or more (fewer with --share).",
+        "checked against plain training at 1.5 times the rate. For runs of 1,875 steps or more, or fewer\n"
+        "with a larger --share.",
         "graftlm pilot examples/cpt_tiny.yaml max_steps=2000",
         "graftlm train CONFIG.yaml                 the same arguments",
     )

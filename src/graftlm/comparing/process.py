@@ -54,16 +54,12 @@ def run_record(
     """
     folder = Path(config.output_dir)
     finished, timer = folder / "summary.json", folder / TIMER
-    told = folder / SETTINGS
-    if told.exists() and not same_settings(read_json(told), settings):
-        shutil.rmtree(folder)  # a default has changed since: the name is the same, the run another
     if finished.exists() and tasks is not None and not (folder / "model").exists():
         shutil.rmtree(folder)  # to be evaluated on other tasks, after its model was deleted
+    open_folder_of(settings, folder)
     before = float(read_json(timer)["seconds"]) if timer.exists() else 0.0
     began = time.monotonic()
     log = folder / "log.txt"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(told, settings)
 
     def left() -> float | None:
         return None if seconds_left is None else seconds_left - (time.monotonic() - began)
@@ -76,6 +72,16 @@ def run_record(
         wall = before + time.monotonic() - began
         write_json(timer, {"seconds": wall})
     return record_of(read_run(folder), settings, wall_seconds=wall, tasks=results)
+
+
+def open_folder_of(settings: Mapping[str, Any], folder: Path) -> None:
+    """Make the folder of a run with these settings, or go on in it; one that says that it is of others is emptied: a
+    default has changed since, so that the name is the same and the run another."""
+    told = folder / SETTINGS
+    if told.exists() and not same_settings(read_json(told), settings):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(told, settings)
 
 
 def seconds_spent(folder: Path) -> float:

@@ -38,7 +38,7 @@ ROWS = 8
 LINES = 10
 """Of progress, at most, where there is no terminal."""
 OWN_FILES = (
-    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "pruning.json"),
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", SUMMARY),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.model", "*.tiktoken", "chat_template.jinja", "additional_chat_templates"),
     *("*modeling*.py", "*configuration*.py", "*tokenization*.py"),

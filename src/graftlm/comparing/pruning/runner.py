@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from graftlm.comparing.loop import Say, alone, close, print_plan, run_open
-from graftlm.comparing.process import STREAMS, check_writable, discard, evaluate, watch
+from graftlm.comparing.process import STREAMS, check_writable, discard, evaluate, open_folder_of, watch
 from graftlm.comparing.pruning.cells import Guesses, PruneCell, PruneCells
 from graftlm.comparing.pruning.config import PruneCompareConfig, load_prune_comparison
 from graftlm.comparing.pruning.jobs import DONE, MODEL
@@ -26,7 +25,6 @@ from graftlm.comparing.tasks import Tasks
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import check_file, read_json, write_json, write_text
-from graftlm.identity import SETTINGS, same_settings
 from graftlm.reporting import figures
 
 
@@ -84,7 +82,6 @@ def _run(cells: PruneCells, cell: PruneCell, left: float | None, say: Say) -> st
         )
     settings = cells.comparison.settings
     folder = cells.run_folder(cell)
-    folder.mkdir(parents=True, exist_ok=True)
     record = run_cell(cell, settings, folder, left, say)
     cells.results.put(cell.key, record)
     if not settings.keep:
@@ -105,11 +102,7 @@ def run_cell(
     def left() -> float | None:
         return None if seconds_left is None else seconds_left - (time.monotonic() - began)
 
-    told = folder / SETTINGS
-    if told.exists() and not same_settings(read_json(told), cell.settings):
-        shutil.rmtree(folder)  # a default has changed since: the name is the same, the model another
-        folder.mkdir()
-    write_json(told, cell.settings)
+    open_folder_of(cell.settings, folder)
     if cell.job and not ((folder / DONE).exists() and (folder / MODEL).exists()):
         given = folder / "given.json"
         data = [dataclasses.asdict(source) for source in settings.data]
