@@ -131,7 +131,8 @@ def test_models_of_other_widths_have_sets_of_their_own(smaller_first, tmp_path, 
     names = ["tiny-llama", str(tmp_path / "small")][:: -1 if smaller_first else 1]
     out = assessment.assess(names[0], data, tmp_path / "out", compare=names[1], samples=4, max_length=32)
     _, second = json.loads((out / "assessment.json").read_text())["models"]
-    alone = assessment.assess(names[1], data, tmp_path / "alone", samples=4, max_length=32)
+    (tmp_path / "run.yaml").write_text(f"data: {data}\n")
+    alone = assessment.assess(names[1], str(tmp_path / "run.yaml"), tmp_path / "alone", samples=4, max_length=32)
     (own,) = json.loads((alone / "assessment.json").read_text())["models"]
     assert second["subspaces"] == own["subspaces"]
     assert any("of other widths than the first model's" in note for note in second["notes"])

@@ -30,7 +30,6 @@ from graftlm.reporting.layers import (
 )
 from graftlm.reporting.pruning import component_costs, write_report
 from graftlm.reporting.style import figure
-from graftlm.training.config import SourceConfig
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def pruned(tmp_path_factory):
     """A folder of `graftlm prune`: 4 layers, 3 iterations."""
     folder = tmp_path_factory.mktemp("pruned")
     settings = PruneSettings(sparsity=0.4, iterations=3, samples=4, sample_length=32)
-    data = (SourceConfig(str(write_texts(folder / "text.jsonl"))),)
+    data = [str(write_texts(folder / "text.jsonl"))]
     run_prune("tiny-llama", settings, data, folder / "model", progress=False)
     return folder / "model"
 
@@ -94,7 +93,7 @@ def test_a_sliced_model_is_drawn_by_its_layers_parameters(tmp_path, monkeypatch)
 
     monkeypatch.setattr("graftlm.reporting.pruning.plot_whole_layers", drawing)
     settings = PruneSettings(method="slicegpt", sparsity=0.3, samples=4, sample_length=32)
-    data = (SourceConfig(str(write_texts(tmp_path / "text.jsonl"))),)
+    data = [str(write_texts(tmp_path / "text.jsonl"))]
     run_prune("tiny-llama", settings, data, tmp_path / "model", progress=False)
     told = read_json(tmp_path / "model" / "pruning.json")
     (now, before) = drawn[0]

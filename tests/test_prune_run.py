@@ -154,8 +154,27 @@ def test_the_verb_writes_a_model_that_opens(text, tmp_path, capsys):
     assert "uniform control" not in capsys.readouterr().out
 
 
+def test_data_of_a_config_are_read_as_it_says(text, tmp_path, capsys):
+    rows = [json.loads(line) for line in text.read_text().splitlines()]
+    bodies = tmp_path / "bodies.jsonl"
+    bodies.write_text("".join(json.dumps({"body": row["text"]}) + "\n" for row in rows))
+    (tmp_path / "run.yaml").write_text(f"model: elsewhere\ndata: {{path: {bodies}, text_field: body}}\n")
+    words = ["--sparsity", "0.3", "--iterations", "2", "--out"]
+    assert prune(*words, str(tmp_path / "one"), "--data", str(text)) == 0
+    assert prune(*words, str(tmp_path / "two"), "--data", str(tmp_path / "run.yaml")) == 0
+    assert f"--data {tmp_path}/run.yaml" in " ".join(capsys.readouterr().out.split())
+    one, two = (load_model(str(tmp_path / name)).state_dict() for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    (tmp_path / "none.yaml").write_text("model: elsewhere\n")
+    assert prune(*words, str(tmp_path / "three"), "--data", str(tmp_path / "none.yaml")) == 2
+    assert f"{tmp_path}/none.yaml:1: data: no source given" in capsys.readouterr().err
+    (tmp_path / "odd.yaml").write_text("data:\n  path: x\n  text_fild: body\n")
+    assert prune(*words, str(tmp_path / "three"), "--data", str(tmp_path / "odd.yaml")) == 2
+    assert "odd.yaml:3: unknown key 'data.text_fild' (did you mean data.text_field?)" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_bits(text, tmp_path):
-    data, settings = [SourceConfig(str(text))], PruneSettings(sparsity=0.3, iterations=2)
+    data, settings = [str(text)], PruneSettings(sparsity=0.3, iterations=2)
     states = [
         run.run_prune("tiny-llama", settings, data, tmp_path / name, progress=False).model.state_dict()
         for name in ("one", "two")

@@ -23,7 +23,7 @@ from graftlm import cli
 from graftlm.checkpointing import load_tensors_and_metadata
 from graftlm.errors import UserError
 from graftlm.files import locked
-from graftlm.fused_loss import FusedLoss
+from graftlm.held_out import mean_loss
 from graftlm.models import load_model, load_tokenizer
 from graftlm.pruning.calibration import calibration_from
 from graftlm.pruning.settings import PruneSettings
@@ -426,10 +426,16 @@ def test_uniform_phases_take_heads_as_pruning_at_once_does(tmp_path):
 
 
 def test_held_out_losses_of_phases_need_no_table_of_logits(tmp_path, monkeypatch):
-    fused = []
-    monkeypatch.setattr(phase_pruning, "FusedLoss", lambda model: fused.append(model) or FusedLoss(model))
+    logits = []
+
+    def heard(model, batches):
+        batches = list(batches)
+        logits.append(model(**batches[0]).logits)
+        return mean_loss(model, batches)
+
+    monkeypatch.setattr(phase_pruning, "mean_loss", heard)
     quiet_shrink(tiny_shrink(tmp_path, interleaves=2, max_steps=3))
-    assert len(fused) == 3  # before anything, and after each pruning
+    assert logits == [None] * 3  # before anything, and after each pruning
 
 
 def test_dry_run_counts_what_pruning_sees(tmp_path):

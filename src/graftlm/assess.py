@@ -23,6 +23,7 @@ from graftlm.activations import ActivationRecorder, count_tokens
 from graftlm.advantage import Choice, choose, count_of, set_size
 from graftlm.anatomy import Anatomy, Kind, read_anatomy
 from graftlm.apex_config import ApexConfig
+from graftlm.configuring import load_sources
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import atomic_path, check_folder, write_json
@@ -34,7 +35,7 @@ from graftlm.reporting.distributions import plot_activations, plot_sigma, relati
 from graftlm.reporting.layers import plot_sensitivity
 from graftlm.reporting.spaces import mean_by_role, plot_spaces
 from graftlm.subspaces import read_subspaces
-from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.training.config import RunConfig
 from graftlm.training.data import PreparedData, prepare_data
 
 LOGITS_A_PASS = 2**27
@@ -82,8 +83,8 @@ def assess(
     dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> Path:
-    """Assess `model` (and `compare`) on `samples` sequences of `data`, spread evenly over it, on the GPU where there is
-    one; returns `out`. `dtype`: of the weights.
+    """Assess `model` (and `compare`) on `samples` sequences of `data` (what load_sources takes), spread evenly over it,
+    on the GPU where there is one; returns `out`. `dtype`: of the weights.
 
     Writes activations.safetensors (LABEL/KIND/LAYER: float32 [heads or channels]), assessment.json and plots/*.png, and
     prints a table. `mask`: share of the heads and of the channels of each block that are switched off together: the
@@ -133,7 +134,7 @@ def _assess_one(
     """`choices`: P and N whose subspaces are measured; None: the model's own."""
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     # Not packed: a sample is then a row.
-    config = RunConfig(name, (SourceConfig(data),), packing=False, eval_fraction=0.0, max_length=max_length)
+    config = RunConfig(name, load_sources(data), packing=False, eval_fraction=0.0, max_length=max_length)
     prepared = prepare_data(config, tokenizer)
     model = to_gpu(load_model(name, dtype=dtype, trust_remote_code=trust_remote_code))
     check_vocabulary(model, tokenizer)

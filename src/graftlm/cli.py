@@ -189,7 +189,8 @@ def make_parser() -> argparse.ArgumentParser:
         "graftlm train CONFIG.yaml                 expand the weak ones from the strong ones",
     )
     assess.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    assess.add_argument("--data", required=True, metavar="FILE", help="text or conversations to run it on")
+    seen = "text or conversations to run it on, or a config (.yaml), of which its data: are taken"
+    assess.add_argument("--data", required=True, metavar="FILE", help=seen)
     assess.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     assess.add_argument("--compare", metavar="MODEL2", help="a second model of the same shape, e.g. after training")
     assess.add_argument(

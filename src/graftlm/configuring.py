@@ -79,6 +79,22 @@ def load_dataclass(path: str | Path, kind: type[Any], overrides: Sequence[str] =
     return _read(root, kind, "")
 
 
+def load_sources(named: str) -> tuple[SourceConfig, ...]:
+    """What --data names: a file, a folder or hub:OWNER/NAME; or a config (.yaml), of which its data: are taken.
+
+    Raises UserError for a config that cannot be read or has no data.
+    """
+    if Path(named).suffix not in (".yaml", ".yml"):
+        return (SourceConfig(named),)
+    root = parse_file(named)
+    _normalise_sources(root)
+    sources, _ = take(root, "data", tuple[SourceConfig, ...])
+    if not sources:
+        raise UserError(f"{place(root)}data: no source given; name a file, a folder, or hub:OWNER/NAME")
+    found: tuple[SourceConfig, ...] = sources
+    return found
+
+
 def config_from_layers(base: Node, *layers: Node, kind: type[Any] = RunConfig) -> Any:
     """The config of a node with others laid over it, in which keys may have dots. Errors name the lines of each."""
     root = copy.deepcopy(base)

@@ -8,6 +8,8 @@ that it takes six times as long on a CPU.
 Shapes: T tokens, d hidden size, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -174,3 +176,14 @@ class FusedLoss:
             vars(self._model).pop("_loss_function", None)
         else:
             self._model._loss_function = self._own
+
+
+@contextmanager
+def fused_where_it_fits(model: PreTrainedModel, *, wanted: bool = True) -> Iterator[None]:
+    """Within it the loss of `model` is a FusedLoss, if it can be and is `wanted`."""
+    fused = FusedLoss(model) if wanted and unfit(model) is None else None
+    try:
+        yield
+    finally:
+        if fused is not None:
+            fused.close()

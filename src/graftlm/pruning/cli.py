@@ -50,7 +50,8 @@ def _prune(verb: Verb, model_help: str) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="text to measure importance on: a file, a folder, hub:OWNER/NAME; may be repeated (default: the demo's)",
+        help="text to measure importance on: a file, a folder, hub:OWNER/NAME, or a config (.yaml), of which its data: "
+        "are taken; may be repeated (default: the demo's)",
     )
     parser.add_argument("--method", choices=METHODS, help="how (default adapt)")
     parser.add_argument(

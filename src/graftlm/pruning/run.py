@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedModel
 
+from graftlm.configuring import load_sources
 from graftlm.errors import UserError
 from graftlm.files import check_folder, remove_unfinished
 from graftlm.held_out import mean_loss
@@ -31,7 +32,6 @@ from graftlm.pruning.shapes import per_layer_config_class
 from graftlm.pruning.targets import asked_parameters, find_target
 from graftlm.pruning.ways import WAYS, calibration_in_words
 from graftlm.reporting.pruning import write_report
-from graftlm.training.config import SourceConfig
 
 ROWS = 8
 """Of the table of layers."""
@@ -50,7 +50,7 @@ OWN_FILES = (
 def run_prune(
     model_name: str,
     settings: PruneSettings,
-    data: Sequence[SourceConfig] | None,
+    data: Sequence[str],
     out: str | Path,
     *,
     dtype: str = "float32",
@@ -59,7 +59,8 @@ def run_prune(
 ) -> Pruned:
     """Prune the model called `model_name` and write it to the folder `out`, whole or not at all.
 
-    data: what importance is measured on; None: the demo's text. On a GPU where there is one.
+    data: what importance is measured on, each as load_sources takes it; none: the demo's text. On a GPU where there is
+    one.
 
     Raises UserError where the model, the data, the target or `out` will not do; a folder that holds anything but an
     earlier pruned model is never replaced.
@@ -68,9 +69,10 @@ def run_prune(
     if out.exists() and out.resolve() == Path(model_name).resolve():
         raise UserError(f"prune: --out {out} is the model's own folder; name another")
     check_out(out)
+    sources = [source for named in data for source in load_sources(named)]
     tokenizer = load_tokenizer(model_name, trust_remote_code=trust_remote_code)
     _check_target(load_skeleton(model_name, trust_remote_code=trust_remote_code), settings)
-    calibration = calibration_from(tokenizer, settings, data, progress=progress)
+    calibration = calibration_from(tokenizer, settings, sources, progress=progress)
     model = load_model(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer)
     context = context_of(model)
@@ -84,7 +86,7 @@ def run_prune(
         pruned = prune(model, settings, calibration, bar.step)
     after = _loss(pruned.model, calibration)
     pruned = replace(pruned, notes=(*calibration.notes, *notes_on(pruned)))
-    where = ", ".join(source.path for source in data) if data else "the demo's text"
+    where = ", ".join(source.path for source in sources) if data else "the demo's text"
     measured = {
         "held_out_sequences": len(calibration.held_back),
         "held_out_loss_before": before,
@@ -205,14 +207,14 @@ def _range(values: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _print_end(pruned: Pruned, model_name: str, data: Sequence[SourceConfig] | None, out: Path, report: Path) -> None:
+def _print_end(pruned: Pruned, model_name: str, data: Sequence[str], out: Path, report: Path) -> None:
     """What to do next; beside an adaptive model its control always belongs."""
     console = Console()
     console.print(Text(f"written to {out}; plots in {report}"), soft_wrap=True)
     if len(set(pruned.shapes)) > 1:
         words = ["graftlm", "prune", model_name, "--target-parameters", str(pruned.parameters), "--uniform"]
         words += ["--method", pruned.settings.method]
-        words += [word for source in data or () for word in ("--data", source.path)]
+        words += [word for named in data for word in ("--data", named)]
         words += ["--dtype", "bfloat16"] if pruned.model.dtype == torch.bfloat16 else []
         words += ["--out", f"{out}-uniform", *_same_settings(pruned.settings)]
         command = shlex.join(words)

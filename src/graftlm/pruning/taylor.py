@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftlm.anatomy import Block
-from graftlm.fused_loss import IGNORED, FusedLoss, unfit
+from graftlm.fused_loss import IGNORED, fused_where_it_fits
 from graftlm.importance import by_component, with_labels
 from graftlm.parts import Part, parts
 from graftlm.pruning.base import Batch
@@ -58,16 +58,14 @@ def taylor(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Ba
     items = torch.tensor(tokens / scale, device=device)
     training = model.training
     model.eval()
-    loss = FusedLoss(model) if unfit(model) is None else None
+    owned = {path: found[0][1].parameter for path, found in owners.items()}
     try:
-        with _only(model, {path: found[0][1].parameter for path, found in owners.items()}, heard):
+        with fused_where_it_fits(model), _only(model, owned, heard):
             for one in inputs:
                 model(**one, num_items_in_batch=items, use_cache=False).loss.backward()
         for path in list(sums):
             credit(path, sums.pop(path))
     finally:
-        if loss is not None:
-            loss.close()
         model.train(training)
     return {name: score.div_(scale) for name, score in scores.items()}
 

@@ -22,7 +22,5 @@ def prune(args: argparse.Namespace) -> None:
     # Before torch is imported, so that what is wrong is said at once.
     settings: PruneSettings = config_from_layers(empty_mapping(COMMAND_LINE), *layers, kind=PruneSettings)
     from graftlm.pruning.run import run_prune
-    from graftlm.training.config import SourceConfig
 
-    data = [SourceConfig(path) for path in args.data] or None
-    run_prune(args.model, settings, data, args.out, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    run_prune(args.model, settings, args.data, args.out, dtype=args.dtype, trust_remote_code=args.trust_remote_code)

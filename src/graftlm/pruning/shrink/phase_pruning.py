@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from graftlm.errors import UserError
 from graftlm.files import atomic_folder, read_json, write_json
-from graftlm.fused_loss import FusedLoss, unfit
+from graftlm.fused_loss import fused_where_it_fits
 from graftlm.held_out import mean_loss
 from graftlm.models import load_model, load_skeleton, load_tokenizer
 from graftlm.parts import count_parameters
@@ -185,11 +185,7 @@ class _Losses:
     def _on(self, data: Any, model: PreTrainedModel) -> float:
         size, count = self._run.per_device_eval_batch_size, len(data)
         batches = (self.data.collator([data[i] for i in range(s, min(s + size, count))]) for s in range(0, count, size))
+        bf16 = torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=self._run.bf16)
         # As training is evaluated where it can be: without a table of all logits.
-        fused = FusedLoss(model) if self._run.fused_loss is not False and unfit(model) is None else None
-        try:
-            with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=self._run.bf16):
-                return mean_loss(model, batches)
-        finally:
-            if fused is not None:
-                fused.close()
+        with fused_where_it_fits(model, wanted=self._run.fused_loss is not False), bf16:
+            return mean_loss(model, batches)
