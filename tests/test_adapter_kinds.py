@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
-from tiny_adapters import RANK, prepared, train
+from tiny_adapters import RANK, config, prepared, train
 from tiny_models import batches, tiny_model
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from graftlm.errors import UserError
 from graftlm.methods.adapters import ADAPTER, targets
 from graftlm.methods.lora_ga import LoraGa
+from graftlm.methods.sparse_settings import LiftSettings
+from graftlm.training.run import train_one
 
 
 def layers_of(made):
@@ -170,6 +173,26 @@ def test_lora_ga_sees_the_mean_gradient(monkeypatch):
     for name, gradient in seen.items():
         torch.testing.assert_close(gradient, base.get_submodule(name).weight.grad, rtol=1e-4, atol=1e-6)
     assert all(p.grad is None for p in made.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["eva", "lora_ga", "lift"])
+def test_decompositions_are_not_autocast_and_passes_are(method, tmp_path, monkeypatch):
+    """On a GPU, products of bfloat16 inside them have no kernel; on a CPU they are rounded."""
+    seen = {"svd": set(), "pass": set()}
+
+    def watched(owner, name, kind):
+        original = getattr(owner, name)
+
+        def watching(*args, **kwargs):
+            seen[kind].add(torch.is_autocast_enabled("cpu"))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watching)
+
+    watched(torch, "svd_lowrank", "svd")
+    watched(LlamaMLP, "forward", "pass")
+    train_one(config(tmp_path, method, bf16=True, max_steps=1, lift=LiftSettings(svd_iterations=2, rank=4)))
+    assert seen == {"svd": {False}, "pass": {True}}
 
 
 def test_miss_adds_one_matrix_to_every_shard():

@@ -7,6 +7,8 @@ from tiny_models import FAMILIES, batches, tiny_model
 
 from graftlm.methods.hft import NORMS, categories, halves
 from graftlm.methods.sparse_settings import HftSettings
+from graftlm.pruning.prune import prune
+from graftlm.pruning.settings import PruneSettings
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -24,6 +26,18 @@ def test_categories_halve(family, layers):
             sizes = [len(modules) for modules in by_layer]
             assert all(abs(count - size / 2) <= 0.5 for count, size in zip(counts, sizes, strict=True))
             assert abs(sum(counts) - sum(sizes) / 2) <= 0.5
+
+
+def test_layers_that_hold_matrices_themselves_halve_too():
+    """As those that SliceGPT leaves."""
+    settings = PruneSettings(method="slicegpt", sparsity=0.4)
+    model = prune(tiny_model(num_hidden_layers=4), settings, lambda _: batches(1, rows=8)).model
+    found = categories(model)
+    assert found[""] == [[f"model.layers.{i}"] for i in range(4)]
+    method, _ = begun(model, "hft", total=6)
+    trained = [i for i in range(4) if model.model.layers[i].attention_shortcut.requires_grad]
+    assert len(trained) == 2
+    assert method.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def frozen(model) -> set[str]:

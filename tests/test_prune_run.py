@@ -304,6 +304,17 @@ def test_notes_on_what_has_no_effect_and_on_a_class_of_its_own():
     assert without == "without effect on magnitude: amplitude"
 
 
+def test_where_a_config_has_no_head_dim_of_its_own_a_note_says_who_misreads_it():
+    def told(family, sparsity):
+        pruned = prune_model(tiny_model(family), PruneSettings("magnitude", sparsity=sparsity), lambda _: [])
+        return pruned.shapes[0].num_attention_heads, [note for note in notes_on(pruned) if "head_dim" in note]
+
+    heads, (note,) = told("qwen2", 0.5)
+    assert note.startswith(f"{heads} heads of 8 are not the hidden size 32: ") and "--format padded" in note
+    assert heads == 2 and told("llama", 0.5) == (2, [])
+    assert told("qwen2", 0.05) == (4, [])
+
+
 def test_what_a_killed_run_left_is_removed(tmp_path):
     left = tmp_path / ".small.unfinished-abc"
     left.mkdir()

@@ -198,6 +198,15 @@ def test_flap_removes_what_has_the_least_score_anywhere():
     assert len({len(pruned.kept[b.name]) for b in blocks if b.kind == "channels"}) > 1  # layers differ
 
 
+def test_flap_counts_its_biases_among_what_must_stay():
+    settings = PruneSettings(method="flap", sparsity=0.69)
+    with pytest.raises(UserError, match=r"sparsity 0.69 is more.* leaves 7,648 of 15,008 .*128 of them biases"):
+        prune(tiny_model(), settings, calibration())
+    least = prune(tiny_model(), PruneSettings(method="flap", target_parameters=7_648), calibration())
+    assert least.parameters == 7_648
+    assert prune(tiny_model(), replace(settings, flap_compensation=False), calibration()).parameters < 7_648
+
+
 def test_flap_uniform_is_stock_without_compensation():
     chosen = PruneSettings(method="flap", sparsity=0.5, uniform=True, flap_compensation=False)
     pruned = prune(tiny_model(), chosen, calibration())

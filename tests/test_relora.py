@@ -142,6 +142,12 @@ def test_a_warm_start_trains_all_weights_first():
     assert all((layer.lora_B[ADAPTER].weight != 0).any() for layer in made.layers().values())
 
 
+def test_a_warm_start_of_no_step_trains_adapters_only():
+    made, _ = begun(total=100, warm_start=0.004)
+    assert made.warm == 0
+    assert made.trainable == sum(p.numel() for p in made.model.parameters() if p.requires_grad)
+
+
 def config(folder, **changes):
     settings = {"lora": LoraSettings(rank=RANK), "relora": ReloraSettings(interval=3, warmup=2), "max_steps": 9}
     return tiny_config(folder, **{"method": "relora", "learning_rate": 1e-2, **settings, **changes})

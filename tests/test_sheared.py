@@ -129,6 +129,22 @@ def test_masks_only_leaves_the_weights():
     assert not torch.equal(model.lm_head.weight, original.lm_head.weight)
 
 
+def test_weights_of_few_bits_train_as_those_of_many():
+    def moved(dtype: torch.dtype) -> torch.Tensor:
+        model, original = tiny_model(), tiny_model()
+        for one in (model, original):  # as many rounded bits in both
+            one.bfloat16().to(dtype)
+        pruned = prune(model, chosen(sheared_steps=20), calibration)
+        assert pruned.model.dtype == dtype
+        return (pruned.model.lm_head.weight - original.lm_head.weight).float().detach()
+
+    wide, narrow = moved(torch.float32), moved(torch.bfloat16)
+    # Half of bfloat16's step at a weight of 0.15 is 5e-4, five times the largest update.
+    far = wide.abs() > 5e-4
+    assert far.float().mean() > 0.2 and (narrow[far] != 0).float().mean() > 0.8
+    assert torch.nn.functional.cosine_similarity(wide[far], narrow[far], dim=0) > 0.8
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gates_are_multiplied_into_the_output_projections(family):
     """A gate of 0 is a mask; multiplied into the weights it is the same."""

@@ -32,7 +32,7 @@ from graftlm.pruning.shrink.config import load_shrink
 from graftlm.pruning.shrink.dry_run import dry_run
 from graftlm.pruning.shrink.phase_pruning import prune_settings
 from graftlm.pruning.shrink.phases import Phase, default_interleaves, ends_of, phases_of, sizes_of
-from graftlm.pruning.shrink.run import run_shrink
+from graftlm.pruning.shrink.run import plan_phases, run_shrink
 from graftlm.pruning.targets import apportioned, find_target
 from graftlm.training.config import DistillationConfig, SourceConfig
 from graftlm.training.data import prepare_data
@@ -252,6 +252,7 @@ def test_distillation_from_the_original(tmp_path):
     [
         ({"target_parameters": 10**9}, "is above the model's 214,080"),
         ({"target_parameters": 10}, "is more than can go"),
+        ({"target_parameters": 60_000, "prune": {"method": "shortgpt", "iterations": None}}, "which leaves 66,240"),
         ({"prune": {"method": "slicegpt", "iterations": None}}, "slicegpt prunes a model only once"),
         ({"prune": {"method": "shortgpt", "iterations": None}, "keep_moments": True}, "moments cannot survive it"),
         ({"prune": {"method": "sheared", "iterations": None}, "keep_moments": True}, "moments cannot survive it"),
@@ -265,6 +266,13 @@ def test_what_cannot_be_is_said_first(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         quiet_shrink(tiny_shrink(tmp_path, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_sizes_below_all_components_are_left_to_methods_that_take_others(tmp_path):
+    slicing = {"prune": {"method": "slicegpt", "iterations": None}, "interleaves": 1}
+    assert plan_phases(tiny_shrink(tmp_path, target_parameters=40_000, **slicing))["target_parameters"] == 40_000
+    with pytest.raises(UserError, match="is more than can go"):
+        plan_phases(tiny_shrink(tmp_path, target_parameters=40_000))
 
 
 def test_a_mistake_can_be_mended_where_nothing_was_pruned_yet(tmp_path):

@@ -36,7 +36,12 @@ class Method:
 
     def look(self, batches: Batches) -> None:
         """Before the first step of a run that is not resumed, before the optimizer is made: see data without training
-        on it. Draws no global random number."""
+        on it. Draws no global random number. The model runs as in training within `mixed` alone."""
+
+    def mixed(self) -> torch.autocast:
+        """The autocast that the run trains under. Not for decompositions: their products would be of bfloat16."""
+        device = next(self.model.parameters()).device
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """In the place of `look` in a resumed run: what `state_dict` gave. The checkpoint's weights are loaded after

@@ -8,6 +8,7 @@ from the data, so a checkpoint keeps them.
 
 from collections.abc import Mapping
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Eva(Adapters):
 
     def look(self, batches: Batches) -> None:
         from peft import initialize_lora_eva_weights
+        from peft.utils.incremental_pca import IncrementalPCA
 
         seen = list(batches(self.settings.samples))
         tokens = max((_counted(batch) for batch in seen), default=0)
@@ -49,7 +51,9 @@ class Eva(Adapters):
                 f"batch, and there are at most {tokens}; lower one of them, or raise per_device_train_batch_size"
             )
         self._as_eva()
-        with self.seeded():
+        # PEFT decomposes the inputs while the model runs.
+        precise = torch.autocast(seen[0]["input_ids"].device.type, enabled=False)(IncrementalPCA.partial_fit)
+        with self.seeded(), self.mixed(), patch.object(IncrementalPCA, "partial_fit", precise):
             initialize_lora_eva_weights(self.peft, seen, show_progress_bar=False)
         self._cast()
 

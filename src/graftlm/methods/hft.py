@@ -26,7 +26,7 @@ NORMS = "norms"
 
 def categories(model: nn.Module) -> dict[str, list[list[str]]]:
     """Modules that hold parameters of their own, by category and decoder layer: of matrices, the part of the layer that
-    they are in (attention, FFN), and all others as `NORMS`."""
+    they are in (attention, FFN; "" of what the layer itself holds), and all others as `NORMS`."""
     path, layers = decoder_layers(model)
     found: dict[str, list[list[str]]] = {}
     for number, layer in enumerate(layers):
@@ -35,7 +35,7 @@ def categories(model: nn.Module) -> dict[str, list[list[str]]]:
             if own:
                 category = name.partition(".")[0] if any(p.dim() > 1 for p in own) else NORMS
                 by_layer = found.setdefault(category, [[] for _ in layers])
-                by_layer[number].append(f"{path}.{number}.{name}")
+                by_layer[number].append(f"{path}.{number}.{name}".rstrip("."))
     return found
 
 

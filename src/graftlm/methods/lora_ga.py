@@ -54,7 +54,9 @@ class LoraGa(Adapters):
 
         def train_step() -> None:
             for batch in batches(self.settings.samples):
-                self.model(**batch, use_cache=False).loss.backward()
+                with self.mixed():
+                    loss = self.model(**batch, use_cache=False).loss
+                loss.backward()
             self._average()
 
         with self.seeded(), warnings.catch_warnings():

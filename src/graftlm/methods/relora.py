@@ -63,10 +63,8 @@ class ReLora(Adapters):
         interval = max(1, _steps(relora.interval, total_steps))
         # Not after the last step: adapters are merged then anyway.
         self.merges = list(range(self.warm + interval, total_steps, interval))
-        if self._step < self.warm:
-            self._train_everything(True)
-        elif self.warm:
-            self._train_everything(False)
+        if relora.warm_start:  # which may round to no step
+            self._train_everything(self._step < self.warm)
 
     def rate_factor(self, step: int) -> float:
         begun = max(

@@ -122,7 +122,8 @@ class S2ft(Method):
         elif settings.choose_by == "activation":
             shares = dict.fromkeys(self.anatomy.kinds, 0.1)  # for votes, which are not used
             recorder = ActivationRecorder(self.model, self.anatomy, shares)
-            recorder.run(batches(settings.samples))
+            with self.mixed():
+                recorder.run(batches(settings.samples))
             means = recorder.mean_activations()
             found = {block.name: means[block.kind][block.layer] for block in self.anatomy.blocks}
             recorder.close()
@@ -140,7 +141,8 @@ class S2ft(Method):
         for name, parameter in own.items():
             parameter.requires_grad_(name in matrices)
         measured = GradientScores(self.model, self.blocks)
-        measured.run(batches(self.settings.samples))
+        with self.mixed():
+            measured.run(batches(self.settings.samples))
         for parameter in own.values():
             parameter.requires_grad_(False)
         return measured.scores()

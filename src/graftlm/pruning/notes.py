@@ -5,6 +5,7 @@ from dataclasses import fields
 from graftlm.anatomy import is_per_layer
 from graftlm.pruning.base import Pruned
 from graftlm.pruning.settings import DEFAULTS, PruneSettings
+from graftlm.pruning.shapes import head_dim_of, names_head_dim
 from graftlm.pruning.ways import WAYS, layers_differ
 
 
@@ -20,6 +21,15 @@ def notes_on(pruned: Pruned) -> tuple[str, ...]:
             f"{shape.intermediate_size} channels and a hidden size of {config.hidden_size}, so the model has a class "
             "of its own; a sparsity that leaves another number of heads gives a stock checkpoint"
         )
+    if shape is not None and not is_per_layer(model.config) and not names_head_dim(model.config):
+        heads, width, hidden = shape.num_attention_heads, head_dim_of(model), model.config.hidden_size
+        if heads * width != hidden:
+            notes.append(
+                f"{heads} heads of {width} are not the hidden size {hidden}: transformers reads the head_dim in "
+                f"config.json, and other programs may take {hidden} / {heads} in its place (vLLM's own class for qwen2 "
+                "does, its Transformers backend does not); graftlm export --format padded gives a model that all read "
+                "alike"
+            )
     if without := unused(pruned.settings):
         notes.append(f"without effect on {pruned.settings.method}: {', '.join(without)}")
     return tuple(notes)

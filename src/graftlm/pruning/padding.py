@@ -6,7 +6,6 @@ sum of more terms may be taken in another order, so logits differ by rounding.
 """
 
 import copy
-import dataclasses
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from graftlm.anatomy import Block, Matrix, decoder_layers, is_per_layer, model_f
 from graftlm.errors import UserError
 from graftlm.models import has_own_class
 from graftlm.pruning.per_layer_modeling import output_biases
-from graftlm.pruning.shapes import LayerShape, head_dim_of, shaped_config, shapes_of
+from graftlm.pruning.shapes import LayerShape, head_dim_of, names_head_dim, shaped_config, shapes_of
 from graftlm.pruning.surgery import prunable_blocks
 
 BIASES = ("attention_bias", "mlp_bias")
@@ -82,8 +81,7 @@ def _config(model: PreTrainedModel) -> PretrainedConfig:
         if is_per_layer(found):  # the stock class refuses it
             continue
         accepted = accepted or found
-        named = "head_dim" in {field.name for field in dataclasses.fields(type(found))}  # type: ignore[arg-type]
-        if named or shape.num_attention_heads * head_dim == config.hidden_size:
+        if names_head_dim(found) or shape.num_attention_heads * head_dim == config.hidden_size:
             return found
     if accepted is not None:
         return accepted

@@ -29,8 +29,8 @@ from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import SUMMARY, save_pruned
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import per_layer_config_class
-from graftlm.pruning.targets import asked_parameters, find_target
-from graftlm.pruning.ways import WAYS, calibration_in_words
+from graftlm.pruning.targets import check_size
+from graftlm.pruning.ways import calibration_in_words
 from graftlm.reporting.pruning import write_report
 
 ROWS = 8
@@ -123,9 +123,7 @@ def _check_target(skeleton: PreTrainedModel | None, settings: PruneSettings) -> 
     if skeleton is None:
         return
     per_layer_config_class(skeleton.config)
-    asked_parameters(skeleton, settings)
-    if WAYS[settings.method].components:
-        find_target(skeleton, settings, uniform=bool(settings.uniform))
+    check_size(skeleton, settings)
 
 
 def _loss(model: nn.Module, calibration: TextCalibration) -> float | None:

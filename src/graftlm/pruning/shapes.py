@@ -1,7 +1,7 @@
 """How wide each layer of a model is: what pruning changes, and what a config must say of it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -94,6 +94,11 @@ def _with_settings(new: PretrainedConfig, old: PretrainedConfig) -> PretrainedCo
     new._attn_implementation = old._attn_implementation
     new.dtype = old.dtype
     return new
+
+
+def names_head_dim(config: PretrainedConfig) -> bool:
+    """Whether the family's config has a head_dim; else only transformers reads the one that is written there."""
+    return "head_dim" in {field.name for field in fields(type(config))}  # type: ignore[arg-type]
 
 
 def head_dim_of(model: PreTrainedModel) -> int:

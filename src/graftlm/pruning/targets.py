@@ -16,6 +16,7 @@ from graftlm.errors import UserError
 from graftlm.parts import component_cost, count_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks
+from graftlm.pruning.ways import WAYS
 
 
 @dataclass(frozen=True)
@@ -126,20 +127,32 @@ def asked_parameters(model: nn.Module, settings: PruneSettings) -> int:
     return settings.target_parameters
 
 
-def find_target(model: nn.Module, settings: PruneSettings, *, uniform: bool) -> Target:
-    """What `settings` ask for. Raises UserError for a target above the original and for one that the floors forbid."""
+def check_size(model: nn.Module, settings: PruneSettings) -> None:
+    """Raise UserError for a size that `model` cannot be pruned to, as far as its shapes tell."""
+    asked_parameters(model, settings)
+    if WAYS[settings.method].components:
+        find_target(model, settings, uniform=bool(settings.uniform))
+
+
+def find_target(model: nn.Module, settings: PruneSettings, *, uniform: bool, biases: int = 0) -> Target:
+    """What `settings` ask for. biases: parameters that the pruning adds, which are to be saved besides.
+
+    Raises UserError for a target above the original and for one that the floors forbid.
+    """
     sizes = sizes_of(model, settings)
     if not sizes:
         raise UserError("prune: the model has no heads and no channels left to remove; start from one that has")
     total = count_parameters(model)
     original = sum(one.parameters(one.counts) for one in sizes)
-    budget = asked_parameters(model, settings) - (total - original)
+    budget = asked_parameters(model, settings) - (total - original) - biases
     least = sum(one.parameters(one.least) for one in sizes)
     if budget < least:
+        left = total - original + least + biases
+        most = _floored((total - left) / original)
+        counted = f" ({biases:,} of them biases, which flap_compensation: false leaves out)" if biases else ""
         raise UserError(
-            f"prune: {_asked(settings)} is more than can go: at most sparsity {_floored(1 - least / original)}, which "
-            f"leaves {total - original + least:,} of {total:,} parameters; ask for less, or lower min_groups, "
-            "min_channels or width_multiple"
+            f"prune: {_asked(settings)} is more than can go: at most sparsity {most}, which leaves {left:,} of "
+            f"{total:,} parameters{counted}; ask for less, or lower min_groups, min_channels or width_multiple"
         )
     return Target(
         sizes, original, budget, _divided(sizes, budget, budget / original, uniform, settings.least_parameters)

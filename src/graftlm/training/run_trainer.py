@@ -228,7 +228,7 @@ class RunTrainer(ApexTrainer):
         if method is None:
             return super().create_optimizer(model)
         if self._resume_from is None:
-            with self.meter.timed(), self.accelerator.autocast():
+            with self.meter.timed():
                 method.look(self._batches)
         optimizer = super().create_optimizer(model)
         method.start(optimizer, self.state.max_steps)

@@ -14,7 +14,7 @@ stock class: `flap_compensation: false` leaves them out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -100,12 +100,12 @@ def prune(
     model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
 ) -> Pruned:
     """One step. With `uniform` every layer keeps the same numbers, and the metric only says which."""
-    before, wanted = Before.of(model), wanted_parameters(model, settings)
+    before = Before.of(model)
+    wanted_parameters(model, settings)  # refuses iterations
     blocks = prunable_blocks(model)
-    if settings.flap_compensation and settings.exact:
-        wanted -= _bias_parameters(model, blocks, len(before.shapes))
-    settings_met = replace(settings, sparsity=None, target_parameters=max(1, wanted), exact=True)
-    target = find_target(model, settings_met, uniform=bool(settings.uniform))
+    counted = settings.flap_compensation and settings.exact
+    added = _bias_parameters(model, blocks, len(before.shapes)) if counted else 0
+    target = find_target(model, settings, uniform=bool(settings.uniform), biases=added)
     moments = input_moments(model, blocks, calibration(0))
     check_finite({name: own.squares for name, own in moments.items()})  # NaN leaves no deviation to divide by
     scores = {block.name: fluctuation(model, block, moments[block.name]) for block in blocks}

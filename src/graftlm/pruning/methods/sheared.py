@@ -7,15 +7,17 @@ gates stay, as many as the target shape has, and what the gates have come to is 
 projections. Every layer has the same target, so that the result has a uniform shape.
 
 We differ from the authors' code (princeton-nlp/LLM-Shearing): groups are masked in place of query heads; layers and the
-hidden size have no masks; training is 100 steps of the calibration's sequences, where theirs is 3,200 steps of 131,072
-tokens, and the gates' learning rate goes by the steps (gate_rate: 0.5 for 100) in place of 1.0.
-`sheared_weight_rate: 0` trains the gates only.
+hidden size have no masks; gradients are not clipped (theirs to a norm of 1.0); training is 100 steps of the
+calibration's sequences, where theirs is 3,200 steps of 131,072 tokens, and the gates' learning rate goes by the steps
+(gate_rate: 0.5 for 100) in place of 1.0. `sheared_weight_rate: 0` trains the gates only; else the weights are float32
+while they train, whatever the model's dtype.
 Left out: dynamic batch loading, which mixes domains of training data; calibration has one.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -121,6 +123,19 @@ def learn_masks(
     return Learned({name: gate.detach().cpu() for name, gate in gates.items()}, _expected(gates), tuple(losses))
 
 
+@contextmanager
+def _weights_in_float32(model: nn.Module) -> Iterator[None]:
+    """Within it, all parameters are float32: most updates are less than half a step of bfloat16, and would be lost."""
+    dtypes = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    for parameter, _ in dtypes:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in dtypes:
+            parameter.data = parameter.data.to(dtype)
+
+
 @torch.no_grad()
 def _expected(gates: Mapping[str, Tensor]) -> dict[str, float]:
     """Sparsity of every block that its gates are expected to have when sampled."""
@@ -210,8 +225,9 @@ def prune(
         parameters = before.parameters - round(sum(sizes[name] * share for name, share in sparsity.items()))
         heard(PruneStep(step, parameters, before.shapes, None, seconds, settings.sheared_steps))
 
-    learned = learn_masks(model, blocks, targets, calibration, settings, trained)
-    multiply_gates(model, blocks, learned.scores)
+    with _weights_in_float32(model) if settings.sheared_weight_rate else nullcontext():
+        learned = learn_masks(model, blocks, targets, calibration, settings, trained)
+        multiply_gates(model, blocks, learned.scores)
     kept = {block.name: torch.arange(block.components) for block in blocks} | strongest(learned.scores, counts)
     missed = max(abs(learned.sparsity[name] - targets[name]) for name in targets)
     note = (

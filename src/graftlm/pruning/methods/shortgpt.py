@@ -26,6 +26,8 @@ def prune(
 ) -> Pruned:
     before, wanted = Before.of(model), wanted_parameters(model, settings)
     check_widths(model, settings)
+    if settings.exact:
+        check_layers(model, wanted)
     # Ranked, block influence is the importance of layers of Adapt-Pruner: that is it minus the mean, scaled.
     influence = layer_importance(model, calibration(0), settings.similarity)
     _, layers = decoder_layers(model)
@@ -37,12 +39,9 @@ def prune(
             break
         stay.remove(index)
         left -= sizes[index]
-    if count is None and (not stay or left > wanted):
-        least = before.parameters - sum(sizes) + min(sizes)
-        raise UserError(
-            f"prune: shortgpt keeps one layer at least, which leaves {least:,} parameters, above the {wanted:,} asked "
-            "for; ask for more"
-        )
+    if count is None and not stay:
+        stay = {sizes.index(min(sizes))}
+        left += min(sizes)
     ids = sorted(stay)
     kept = {
         block.name: torch.arange(block.components if block.layer in stay else 0) for block in prunable_blocks(model)
@@ -54,3 +53,14 @@ def prune(
     model = keep_layers(model, ids)
     importance = tuple(influence.tolist())
     return pruned_from(before, model, settings, kept, heard, layer_importance=importance, notes=(note,))
+
+
+def check_layers(model: PreTrainedModel, wanted: int) -> None:
+    """Raise UserError where so few parameters are less than one layer leaves."""
+    sizes = [count_parameters(layer) for layer in decoder_layers(model)[1]]
+    least = count_parameters(model) - sum(sizes) + min(sizes)
+    if wanted < least:
+        raise UserError(
+            f"prune: shortgpt keeps one layer at least, which leaves {least:,} parameters, above the {wanted:,} asked "
+            "for; ask for more"
+        )

@@ -20,6 +20,7 @@ from graftlm.files import locked, plain_disk_errors, read_json, remove_unfinishe
 from graftlm.models import load_model, load_tokenizer
 from graftlm.parts import count_parameters, layer_parameters
 from graftlm.pruning.base import PruneStep
+from graftlm.pruning.methods.shortgpt import check_layers
 from graftlm.pruning.saving import save_pruned
 from graftlm.pruning.shapes import shapes_of
 from graftlm.pruning.shrink.card import shrunk_card
@@ -28,7 +29,7 @@ from graftlm.pruning.shrink.folders import PhaseFolder
 from graftlm.pruning.shrink.phase_pruning import prune_phase, prune_settings
 from graftlm.pruning.shrink.phases import Phase, phases_of
 from graftlm.pruning.shrink.story import print_summary, summarise, write_metrics
-from graftlm.pruning.targets import find_target
+from graftlm.pruning.targets import asked_parameters, check_size
 from graftlm.reporting import figures
 from graftlm.training.arguments import check_optimizer
 from graftlm.training.checkpoints import list_checkpoints
@@ -97,8 +98,8 @@ def plan_phases(task: Shrink) -> dict[str, Any]:
     the model cannot have."""
     model: Any = load_skeleton(task.run)
     original = count_parameters(model)
-    found = find_target(model, task.prune, uniform=bool(task.prune.uniform))
-    target = task.settings.target_parameters or original - found.original + found.budget
+    check_size(model, task.prune)
+    target = asked_parameters(model, task.prune)
     phases = phases_of(
         original,
         target,
@@ -107,6 +108,8 @@ def plan_phases(task: Shrink) -> dict[str, Any]:
         schedule=task.settings.schedule,
         shares=task.settings.shares,
     )
+    if task.prune.method == "shortgpt":  # now rather than when all phases but the last have been trained
+        check_layers(model, target)
     if len(phases) > 1 and task.prune.method in ONCE:
         raise UserError(f"prune.method: {task.prune.method} prunes a model only once; set interleaves: 1")
     if len(phases) > 1 and task.settings.keep_moments:
