@@ -14,6 +14,7 @@ from scipy import stats
 from test_reporting_report import References
 from tiny_comparisons import ENVIRONMENT, by_name, finish, loss_of, made_up, opened, write_comparison
 
+from graftlm.comparing import plots
 from graftlm.comparing.cells import planned_stage_starts
 from graftlm.comparing.report import headline, write_outputs
 from graftlm.comparing.results import Results
@@ -22,6 +23,7 @@ from graftlm.comparing.tables import csv_text, latex_text, print_tables, tables
 from graftlm.comparing.tasks import Tasks
 from graftlm.content import file_sha256
 from graftlm.errors import UserError
+from graftlm.reporting.style import CONTROL
 from graftlm.training.run import train_one
 
 
@@ -163,6 +165,11 @@ def test_more_tasks_run_again(finished, tmp_path):
     results = str(comparison.results_path)
     _, asked = opened(write_comparison(tmp_path, results=results, tasks=["arc_easy"], task_limit=5))
     assert len(asked.open()) == 6  # plain training at other lengths is not evaluated on tasks
+    told = [summarise(one.comparison, one, {}) for one in (finished[1], asked)]
+    for summary in told:  # losses that are known already stay
+        del summary["open"], summary["date"], summary["tasks"]
+        assert all(not arm["tasks"] for arm in summary["arms"]) and by_name(summary, "apex")["needed"]
+    assert told[0] == told[1]
     scores = {"asked": ["arc_easy"], "limit": 5, "results": {"arc_easy": {"acc": 0.5, "acc_stderr": 0.1, "n": 5}}}
     finish(asked, loss_of, tasks=scores)
     summary = summarise(asked.comparison, asked, {})
@@ -330,8 +337,8 @@ def test_arms_of_unequal_seeds(finished, monkeypatch):
     comparison, cells, whole = finished
     wanted = {cell.key: cell for cell in cells.wanted()}
     gone = next(cell for cell in wanted.values() if cell.arm == "apex" and cell.seed == 1)
-    record = cells.record
-    monkeypatch.setattr(cells, "record", lambda cell: None if cell and cell.key == gone.key else record(cell))
+    trained = cells.trained
+    monkeypatch.setattr(cells, "trained", lambda cell: None if cell and cell.key == gone.key else trained(cell))
     summary = summarise(comparison, cells, {})
     gap = by_name(summary, "apex")["difference"]
     pairs = by_name(whole, "apex")["difference"]["by_seed"]
@@ -398,8 +405,45 @@ def test_other_hardware_gives_no_time_ratio(finished):
             cells.results.put(cell.key, made_up(cell, 3.0, environment=other))
     summary = summarise(comparison, cells, {})
     assert by_name(summary, "apex")["time_ratio"] is None
-    assert any("other hardware" in note for note in summary["notes"])
+    assert any("other hardware than the control's; no time ratio" in note for note in summary["notes"])
     assert len(summary["hardware"]) == 2 and summary["commits"] == ["abc"]
+
+
+def test_time_ratios_are_of_the_same_hardware(finished):
+    comparison, cells, _ = finished
+    one = next(cell for cell in cells.wanted() if cell.arm == "apex")
+    cells.results.put(one.key, made_up(one, 3.0, environment={**ENVIRONMENT, "gpus": [{"name": "G"}]}))
+    summary = summarise(comparison, cells, {})
+    assert len(by_name(summary, "apex")["time_ratio"]["by_seed"]) == 2
+    assert any("apex: 1 of its runs had other" in note and "over the other 2" in note for note in summary["notes"])
+
+
+def test_plots_show_the_arms_their_losses_and_differences(finished, tmp_path, monkeypatch):
+    made = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: made.setdefault(path.stem, figure) and path)
+    summary = finished[2]
+    plots.draw(summary, tmp_path)
+    lines = {line.get_label(): line for line in made["loss_tokens"].axes[0].lines}
+    assert list(lines) == ["control", "apex"] and lines["control"].get_color() == CONTROL
+    for name, line in lines.items():
+        curve = by_name(summary, name)["curve"]
+        assert line.get_xdata().tolist() == curve["tokens"] and line.get_ydata().tolist() == curve["loss"]
+    assert made["loss_seconds"].axes[0].lines[0].get_xdata().tolist() == by_name(summary, "control")["curve"]["seconds"]
+    gap = by_name(summary, "apex")["difference"]
+    drawn = [line.get_xdata() for line in made["differences"].axes[0].lines]
+    assert [list(x) for x in drawn[1:]] == [list(gap["t_interval"]), list(gap["by_seed"].values()), [gap["mean"]]]
+    curve = summary["plain"]["control"]
+    needed = {line.get_label(): line for line in made["tokens_needed_0"].axes[0].lines}
+    assert list(needed["control"].get_xdata()) == curve["multiples"]
+    assert list(needed["control"].get_ydata()) == pytest.approx(np.mean(list(curve["losses"].values()), axis=0))
+
+
+def test_tables_are_there_where_a_plot_cannot_be_drawn(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("graftlm.comparing.report.draw", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_outputs(tmp_path / "drawn", finished[2])
+    names = {path.name for path in (tmp_path / "drawn").iterdir()}
+    assert names == {"comparison.json", "comparison.csv", "comparison.tex"}
 
 
 def test_the_chosen_rate_at_the_end_of_the_grid_is_said(tmp_path):

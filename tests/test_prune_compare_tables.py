@@ -14,6 +14,7 @@ from tiny_prune_comparisons import opened, write_comparison
 
 from graftlm.comparing.pruning.cells import PruneCells
 from graftlm.comparing.pruning.plots import draw
+from graftlm.comparing.pruning.report import headline
 from graftlm.comparing.pruning.summary import paired_ratios, summarise
 from graftlm.comparing.pruning.tables import csv_text, tables
 from graftlm.comparing.results import Results
@@ -137,6 +138,9 @@ def test_models_that_are_the_same_in_every_trial_have_no_interval(tmp_path):
     assert ratio["mean"] == pytest.approx(29 / 30) and ratio["shown"] == "no interval"
     assert ratio["t_interval"] is ratio["bootstrap_interval"] is None
     assert any("is one model in all trials, and so is" in note for note in summary["notes"])
+    assert headline(summary).endswith("(copies of one model: no interval)")
+    few = finished(write_comparison(tmp_path / "few", seeds=[0, 1], sparsities=[0.2]), word)
+    assert headline(few).endswith("(too few for an interval)")
 
 
 def test_perplexities_are_in_no_average_of_scores(tmp_path):

@@ -17,7 +17,7 @@ from graftlm.reporting.curves import smooth
 from graftlm.reporting.plots import make_plots, plot_activations, plot_sigma
 from graftlm.reporting.report import make_report
 from graftlm.reporting.rundata import read_run
-from graftlm.reporting.style import figure, legend
+from graftlm.reporting.style import BEFORE, CONTROL, RUN, colours, dashes, figure, legend
 
 ALL_PLOTS = [
     "loss_tokens.png",
@@ -245,6 +245,14 @@ def test_plots_open_and_have_sane_sizes(run_and_summary):
             assert image.format == "PNG"
             assert 800 <= image.width <= 2400 and 500 <= image.height <= 1600
             assert len(image.convert("RGB").getcolors(1 << 24)) > 50, f"{name} looks empty"
+
+
+def test_many_labels_are_told_apart():
+    many = ["before", "control", "control with the schedule of lora", "lora-no-control", *map(str, range(26))]
+    chosen = colours(many)
+    assert [name for name, colour in chosen.items() if colour == CONTROL] == ["control"]
+    assert chosen["before"] == BEFORE and chosen["control with the schedule of lora"] == RUN
+    assert len(set(zip(chosen.values(), dashes(chosen).values(), strict=True))) == len(many)
 
 
 def test_make_plots_lists_what_it_wrote(tmp_path):

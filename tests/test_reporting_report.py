@@ -1,9 +1,11 @@
 """The report, the model card and the console table, made from run folders of generated data."""
 
+import html
 import io
 import json
 import math
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -94,10 +96,13 @@ def test_report_escapes_what_it_shows(tmp_path):
 
 
 def test_report_of_a_run_still_going(tmp_path):
-    fake_run(tmp_path, finished=False, control=False)
-    make_report(tmp_path)
-    text = page(tmp_path)
-    assert "This run has not ended" in text and "--resume" in text and 'id="next"' not in text
+    folder = tmp_path / "my runs"
+    fake_run(folder, finished=False, control=False)
+    make_report(folder)
+    text = page(folder)
+    assert "This run has not ended" in text and 'id="next"' not in text
+    command = re.search("<code>(graftlm train .*--resume)</code>", text).group(1)
+    assert shlex.split(html.unescape(command)) == ["graftlm", "train", f"{folder}/config.yaml", "--resume"]
     assert "2.9224" in text and "492 k" in text
 
 
@@ -216,3 +221,11 @@ def test_table_without_a_control(tmp_path):
 )
 def test_numbers_as_people_read_them(shown, expected):
     assert shown == expected
+
+
+def test_the_card_names_the_highest_rate_of_all_stages(tmp_path):
+    staged = {"learning_rate": 2e-5, "apex": {"stage_learning_rates": [1e-4, 3e-5]}}
+    of_stages = ({"method": "apex"}, {"method": "full", "stage_starts": [0, 1]})
+    for config, rate in ((of_stages[0], "0.0001"), (of_stages[1], "0.0001"), ({"method": "lora"}, "2e-05")):
+        card = model_card({"tokens": 10, "steps": 2}, {**config, **staged}, "m")
+        assert f"a peak learning rate of {rate}, by graftlm" in card

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from graftlm.comparing.tables import interval, signed
 from graftlm.reporting.curves import XLABELS
-from graftlm.reporting.style import BEFORE, INK, colours, count_axis, figure, legend, save, style
+from graftlm.reporting.style import BEFORE, INK, colours, count_axis, dashes, figure, legend, save, style
 
 
 def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
@@ -27,11 +27,11 @@ def _curves(summary: dict[str, Any], x: Literal["tokens", "seconds"], path: Path
     if not arms:
         return None
     made = figure(f"Held-out loss against {x}", note="Means over seeds, at each arm's chosen learning rate.")
-    axes = made.subplots()
+    axes, colour = made.subplots(), _colours(summary)
     for arm in arms:
         curve = arm["curve"]
-        axes.plot(curve[x], curve["loss"], color=_colours(summary)[arm["name"]], marker="o", markersize=3.5,
-                  linewidth=2.4 if arm["matched"] is None else 1.6, label=arm["name"])  # fmt: skip
+        axes.plot(curve[x], curve["loss"], color=colour[arm["name"]], linestyle=dashes(colour)[arm["name"]], marker="o",
+                  markersize=3.5, linewidth=2.4 if arm["matched"] is None else 1.6, label=arm["name"])  # fmt: skip
     style(axes, xlabel=XLABELS[x], ylabel="loss (nats per token)")
     if x == "tokens":
         count_axis(axes)
@@ -57,7 +57,9 @@ def _needed(summary: dict[str, Any], control: str, path: Path) -> Path | None:
         name = f"{arm['name']}: {arm['needed']['text']} ×"
         # Over the seeds that the curve has, as the figure in the legend.
         loss = np.mean([one for seed, one in arm["loss"]["by_seed"].items() if seed in curve["losses"]])
-        axes.axhline(float(loss), color=colour[arm["name"]], linewidth=1.6, label=name)
+        axes.axhline(
+            float(loss), color=colour[arm["name"]], linestyle=dashes(colour)[arm["name"]], linewidth=1.6, label=name
+        )
     axes.set_xscale("log")
     axes.set_xticks(curve["multiples"], [f"{multiple:g}" for multiple in curve["multiples"]])
     axes.minorticks_off()

@@ -1,12 +1,13 @@
 """What a comparison leaves in its folder: comparison.json, tables as CSV and LaTeX, plots, and report.html."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from graftlm.comparing.plots import alt, draw
+from graftlm.comparing.statistics import TOO_FEW
 from graftlm.comparing.tables import Table, csv_text, interval, latex_of, signed, tables
 from graftlm.files import write_json, write_text
 from graftlm.reporting.page import Plot, inline, template
@@ -14,24 +15,32 @@ from graftlm.reporting.page import Plot, inline, template
 
 def write_outputs(folder: Path, summary: dict[str, Any]) -> list[Path]:
     """Write everything that is made from comparison.json; returns the files a person may want to open."""
-    plots = [Plot(alt(path), inline(path)) for path in draw(summary, folder / "plots")]
     intro = (
         f"{len(summary['arms'])} arms, seeds {', '.join(map(str, summary['seeds']))}; runs of one seed see the same "
         "tokens in the same order. The control is plain training with the same schedule."
     )
-    return write_files(folder, summary, headline(summary), intro, tables(summary), csv_text(summary), plots)
+    return write_files(
+        folder,
+        summary,
+        title=headline(summary),
+        intro=intro,
+        shown=tables(summary),
+        csv_lines=csv_text(summary),
+        plots=lambda: [Plot(alt(path), inline(path)) for path in draw(summary, folder / "plots")],
+    )
 
 
 def write_files(
     folder: Path,
     summary: dict[str, Any],
+    *,
     title: str,
     intro: str,
     shown: Sequence[Table],
     csv_lines: str,
-    plots: Sequence[Plot],
+    plots: Callable[[], Sequence[Plot]],
 ) -> list[Path]:
-    """comparison.json, .csv, .tex and report.html of any comparison; returns them."""
+    """comparison.json, .csv, .tex and report.html of any comparison; returns them. plots: draws them, last of all."""
     write_json(folder / "comparison.json", summary)
     write_text(folder / "comparison.csv", csv_lines)
     write_text(folder / "comparison.tex", latex_of(shown))
@@ -40,7 +49,7 @@ def write_files(
         "intro": intro,
         "folder": str(folder),
         "summary": summary,
-        "plots": plots,
+        "plots": plots(),
         "tables": shown,
         "versions": yaml.safe_dump(summary["versions"], sort_keys=False) if summary["versions"] else "",
     }
@@ -56,7 +65,7 @@ def headline(summary: dict[str, Any]) -> str:
     gap = arm["difference"]
     text = f"{arm['name']} minus {arm['matched']}: {signed(gap['mean'])} nats per token"
     if gap["t_interval"] is None:
-        why = "too few for an interval" if gap["shown"] == "too few seeds" else "copies of one run"
+        why = "too few for an interval" if gap["shown"] == TOO_FEW else "copies of one run"
         return f"{text} ({gap['n']} seeds: {why})"
     words = {"lower": "lower loss", "higher": "higher loss"}.get(gap["shown"], gap["shown"])
     return f"{text} ({interval(gap['t_interval'])}): {words}"

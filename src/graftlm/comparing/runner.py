@@ -120,13 +120,17 @@ class Guesses:
 
     def seconds(self, cell: Cell) -> float | None:
         """Median seconds a step of its method's runs (else of all), times its steps; None if nothing is known."""
-        if self._cells.trained(cell) is not None and self._cells.record(cell) is None:
+        if self._cells.trained(cell) is not None and self._cells.record(cell) is None and self._kept(cell):
             return None  # only its evaluation is left
         known = self._taken.get(cell.config.method) or self._taken.get("")
         steps = cell.config.max_steps
         if known is None or steps < 0:
             return None
         return statistics.median(known) * steps
+
+    def _kept(self, cell: Cell) -> bool:
+        """Whether a finished run has its model still; without, it is trained again to be evaluated."""
+        return (self._cells.run_folder(cell) / "model").exists()
 
     def still(self, cell: Cell) -> float:
         """Seconds until the end of a run that may have been begun; 0 if nothing is known."""

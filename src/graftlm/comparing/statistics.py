@@ -12,6 +12,8 @@ from scipy.stats import bootstrap, t
 LEVEL = 0.95
 FEWEST = 3
 """Seeds under which no interval is given."""
+TOO_FEW = "too few seeds"
+"""What a difference over fewer of them shows."""
 RESAMPLES = 9_999
 GRID = 2_001
 """Points of log tokens at which a curve is looked at: between 0.5 and 2 times the tokens, 0.07% apart."""
@@ -36,7 +38,7 @@ class Difference:
         """What the t interval shows: `lower`, `higher`, `no difference shown`; without one `too few seeds`, or `no
         interval` where the seeds change nothing."""
         if self.t_interval is None:
-            return "too few seeds" if self.n < FEWEST else "no interval"
+            return TOO_FEW if self.n < FEWEST else "no interval"
         low, high = self.t_interval
         return "lower" if high < 0 else "higher" if low > 0 else "no difference shown"
 

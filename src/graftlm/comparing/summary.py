@@ -52,12 +52,18 @@ def summarise(comparison: Comparison, cells: Cells, failed: Mapping[str, str]) -
 
 
 def _runs(arm: Arm, cells: Cells) -> dict[int, Record]:
-    """Finished runs of an arm at its chosen learning rate, by seed."""
+    """Finished runs of an arm at its chosen learning rate, by seed; without tasks those that were not evaluated on what
+    is asked now."""
     rate = cells.chosen_rate(arm)
     if rate is None:
         return {}
-    found = {seed: cells.record(cells.cell(arm, seed, rate)) for seed in cells.comparison.settings.seeds}
-    return {seed: record for seed, record in found.items() if record is not None}
+    found: dict[int, Record] = {}
+    for seed in cells.comparison.settings.seeds:
+        cell = cells.cell(arm, seed, rate)
+        record = cells.trained(cell)
+        if record is not None:
+            found[seed] = record if cells.record(cell) is not None else {**record, "tasks": {}}
+    return found
 
 
 def _check_pairs(arm: Arm, runs: Mapping[str, Mapping[int, Record]], notes: list[str]) -> None:
@@ -143,7 +149,7 @@ def _arm(
     other_losses = {seed: record["eval_loss_end"] for seed, record in other.items()}
     entry["difference"] = paired_differences(losses, other_losses, copies=copies)
     if rate is not None and rate != cells.chosen_rate(control) and rate in control.learning_rates:
-        at_rate = {seed: cells.record(cells.cell(control, seed, rate)) for seed in losses}
+        at_rate = {seed: cells.trained(cells.cell(control, seed, rate)) for seed in losses}
         entry["difference_at_same_rate"] = paired_differences(
             losses, {seed: record["eval_loss_end"] for seed, record in at_rate.items() if record}, copies=copies
         )
@@ -198,10 +204,9 @@ def _time_ratio(
     alike = {
         seed: a["seconds"] / b["seconds"] for seed, (a, b) in pairs.items() if hardware_text(a) == hardware_text(b)
     }
-    if len(alike) < len(pairs):
-        notes.append(
-            f"{name}: {len(pairs) - len(alike)} of its runs had other hardware than the control's; no time ratio"
-        )
+    if other_hardware := len(pairs) - len(alike):
+        rest = f"its time ratio is over the other {len(alike)}" if alike else "no time ratio"
+        notes.append(f"{name}: {other_hardware} of its runs had other hardware than the control's; {rest}")
     return mean_by_seed(alike)
 
 
@@ -213,7 +218,7 @@ def _plain_curve(control: Arm, cells: Cells, notes: list[str]) -> dict[str, Any]
         return None
     rows = {}
     for seed in cells.comparison.settings.seeds:
-        records = [cells.record(cells.cell(control, seed, rate, multiple)) for multiple in multiples]
+        records = [cells.trained(cells.cell(control, seed, rate, multiple)) for multiple in multiples]
         if all(records):
             rows[seed] = [(record["tokens"], record["eval_loss_end"]) for record in records if record]
     kept = [0]

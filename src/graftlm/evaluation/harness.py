@@ -6,9 +6,11 @@ What it yields goes to `lm.loglikelihood_rolling(...)` (perplexity) as well as t
 import contextlib
 import copy
 import math
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tqdm.auto import tqdm
@@ -26,7 +28,12 @@ class HarnessModel(HFLM):
     """Draw one bar a kind of request, in place of the harness's own, which would start anew for every batch."""
     answers: RequestCache | None = None
     """Where answers are looked up and kept."""
+    sampling_seed: int | None = None
+    """Of texts that are sampled: each batch's draws follow from it and from how many texts came before, in this process
+    or in one that was killed. None: from the state of torch's generator."""
     _bar: tqdm | None = None
+    _written = 0
+    """Texts there are of what was asked, kept ones included."""
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         answers = [tuple(answer) for answer in self._answer("loglikelihood", requests, super().loglikelihood)]
@@ -48,12 +55,14 @@ class HarnessModel(HFLM):
             return
         if self.answers is not None:
             self.answers.add(kind, arguments, answer)
+        self._written += kind == "generate_until"
         if self._bar is not None:
             self._bar.update()
 
     def _answer(self, kind: str, requests: list[Instance], compute: Callable[..., list[Any]]) -> list[Any]:
         kept = [None if self.answers is None else self.answers.take(kind, request.args) for request in requests]
         missing = [request for request, answer in zip(requests, kept, strict=True) if answer is None]
+        self._written = len(requests) - len(missing)
         with self._progress(kind, "requests", len(requests), done=len(requests) - len(missing)):
             fresh = iter(compute(missing, disable_tqdm=True) if missing else [])
         return [next(fresh) if answer is None else answer for answer in kept]
@@ -81,7 +90,12 @@ class HarnessModel(HFLM):
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
         self._flush()
-        return super()._model_generate(*args, **kwargs)
+        if self.sampling_seed is None:
+            return super()._model_generate(*args, **kwargs)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(random.Random(f"{self.sampling_seed}/{self._written}").getrandbits(63))
+            return super()._model_generate(*args, **kwargs)
 
     def _flush(self) -> None:
         if self.answers is not None:

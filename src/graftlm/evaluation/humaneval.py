@@ -53,7 +53,8 @@ def evaluate_humaneval(
     where there are as many samples, each with its standard error over problems.
 
     One sample is written greedily, several at temperature 0.8; up to 512 tokens each. `limit`: problems, chosen by
-    `seed`. Returns what `evaluate_tasks` returns. Only after `check_humaneval`: this runs what the model wrote.
+    `seed`, which samples follow from, too. Returns what `evaluate_tasks` returns. Only after `check_humaneval`: this
+    runs what the model wrote.
     """
     problems = _problems(limit, seed)
     settings: dict[str, Any] = {"until": list(STOPS), "max_gen_toks": MOST_TOKENS, "do_sample": samples > 1}
@@ -71,6 +72,7 @@ def evaluate_humaneval(
             for problem in problems
             for _ in range(samples)
         ]
+        lm.sampling_seed = seed
         completions = lm.generate_until(requests)
     programs = [program(request.doc, text) for request, text in zip(requests, completions, strict=True)]
     verdicts = judge(programs, progress=progress)

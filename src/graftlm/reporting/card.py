@@ -91,7 +91,7 @@ def _datasets(config: dict[str, Any]) -> list[str]:
 def _what_was_done(summary: dict[str, Any], config: dict[str, Any], base_model: str) -> str:
     text = f"`{code(base_model)}` trained on {figures.count(summary.get('tokens'))} tokens "
     text += f"in {figures.integer(summary.get('steps'))} optimizer steps "
-    text += f"with a peak learning rate of {config['learning_rate']}" if "learning_rate" in config else ""
+    text += f"with a peak learning rate of {_peak_rate(config)}" if "learning_rate" in config else ""
     text = text.rstrip() + ", by graftlm."
     if summary.get("method") == "apex":
         stages = len(summary.get("stages") or [])
@@ -104,6 +104,14 @@ def _what_was_done(summary: dict[str, Any], config: dict[str, Any], base_model: 
     if figures.is_number(gap := summary.get("fused_max_abs_logit_difference")):
         text += f" Largest change of a logit through fusion and saving: {figures.scientific(gap)}."
     return text
+
+
+def _peak_rate(config: dict[str, Any]) -> float:
+    """Of the whole run: stages may have rates of their own."""
+    in_stages = config.get("method", "apex") == "apex" or config.get("stage_starts")
+    by_stage = (config.get("apex") or {}).get("stage_learning_rates") if in_stages else None
+    rate: float = max(by_stage) if by_stage else config["learning_rate"]
+    return rate
 
 
 def _table(summary: dict[str, Any], control: dict[str, Any] | None, name: str) -> str:

@@ -1,5 +1,6 @@
 """RUN/report.html: one file that tells what a run did, with its plots inside."""
 
+import shlex
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -53,6 +54,7 @@ def _context(data: RunData) -> dict[str, Any]:
     gap = outcome.get("fused_max_abs_logit_difference")
     return {
         "run": str(data.folder),
+        "go_on": f"graftlm train {shlex.quote(str(data.folder / 'config.yaml'))} --resume",
         "title": data.folder.resolve().name,
         "model": outcome.get("model", figures.MISSING),
         "method": figures.method_name(data.method),

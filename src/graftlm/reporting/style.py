@@ -1,7 +1,9 @@
 """How every plot looks: colours that a colour-blind reader can tell apart, figures without pyplot's global state."""
 
+import itertools
 import textwrap
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,19 @@ RUN, CONTROL, BEFORE = "#0072B2", "#D55E00", "#777777"
 STRONG, WEAK = "#009E73", "#AA4499"
 """Advantageous (P) and disadvantageous (N) components."""
 _OTHERS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#000000")
+_DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 INK, FAINT = "#22262b", "#e3e5e8"
 DPI = 140
 _AT_LEFT: dict[str, Any] = {"x": 0.012, "ha": "left"}
 
 
 def colours(labels: Iterable[str]) -> dict[str, str]:
-    """A colour for each label: before is grey, the control orange, the run blue; others get what is left, in turn."""
-    spare = iter(_OTHERS * 4)
+    """A colour for each label: before is grey, the control orange, the run blue; others get what is left, in turn, and
+    from the start again where there are many (`dashes` tells those apart)."""
+    spare = itertools.cycle(_OTHERS)
     chosen: dict[str, str] = {}
     for label in labels:
-        if "control" in label:
+        if label in ("control", "after control"):
             chosen[label] = CONTROL
         elif label == "before":
             chosen[label] = BEFORE
@@ -37,6 +41,16 @@ def colours(labels: Iterable[str]) -> dict[str, str]:
         else:
             chosen[label] = next(spare)
     return chosen
+
+
+def dashes(chosen: Mapping[str, str]) -> dict[str, Any]:
+    """A line style for each label, another one for each that has the same colour."""
+    seen: Counter[str] = Counter()
+    styles: dict[str, Any] = {}
+    for label, colour in chosen.items():
+        styles[label] = _DASHES[seen[colour] % len(_DASHES)]
+        seen[colour] += 1
+    return styles
 
 
 def figure(title: str, *, width: float = 9.0, height: float = 4.8, note: str = "") -> Figure:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.reporting.layers import plot_shares
-from graftlm.reporting.style import BEFORE, CONTROL, colours, count_axis, figure, legend, save, style
+from graftlm.reporting.style import BEFORE, CONTROL, colours, count_axis, dashes, figure, legend, save, style
 
 
 def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
@@ -48,8 +48,8 @@ def _perplexity(summary: dict[str, Any], text: str, path: Path) -> Path | None:
         own = [row for row in rows if row["name"] == name]
         points = sorted((row["parameters"]["mean"], row["perplexity"][text]["word"]["mean"]) for row in own) + start
         label = name + (" (control)" if name == summary["control"] else "")
-        line = {"color": colour[name], "linewidth": 1.8, "marker": "o", "markersize": 5, "label": label}
-        axes.plot([x for x, _ in points], [y for _, y in points], **line)
+        line: dict[str, Any] = {"color": colour[name], "linestyle": dashes(colour)[name], "linewidth": 1.8}
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=5, label=label, **line)
         for row in own:
             for seed, value in row["perplexity"][text]["word"]["by_seed"].items():
                 count = row["parameters"]["by_seed"][seed]

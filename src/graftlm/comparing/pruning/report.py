@@ -6,18 +6,26 @@ from typing import Any
 from graftlm.comparing.pruning.plots import alt, draw
 from graftlm.comparing.pruning.tables import csv_text, perplexity, tables
 from graftlm.comparing.report import write_files
+from graftlm.comparing.statistics import TOO_FEW
 from graftlm.reporting.page import Plot, inline
 
 
 def write_outputs(folder: Path, summary: dict[str, Any]) -> list[Path]:
     """Write everything that is made from comparison.json; returns the files a person may want to open."""
-    plots = [Plot(alt(path), inline(path)) for path in draw(summary, folder / "plots")]
     variants = len({row["name"] for row in summary["rows"]})
     intro = (
         f"{variants} ways of pruning, trials {', '.join(map(str, summary['seeds']))}; variants of one trial draw the "
         f"same calibration sequences. Ratios are to {summary['control']}."
     )
-    return write_files(folder, summary, headline(summary), intro, tables(summary), csv_text(summary), plots)
+    return write_files(
+        folder,
+        summary,
+        title=headline(summary),
+        intro=intro,
+        shown=tables(summary),
+        csv_lines=csv_text(summary),
+        plots=lambda: [Plot(alt(path), inline(path)) for path in draw(summary, folder / "plots")],
+    )
 
 
 def headline(summary: dict[str, Any]) -> str:
@@ -29,4 +37,7 @@ def headline(summary: dict[str, Any]) -> str:
     ratio, found = row["perplexity"][text]["ratio"], row["perplexity"][text]
     said = f"{row['name']} at {row['size']}: word perplexity {perplexity(found['word']['mean'])}, lower than "
     said += f"{summary['control']}'s in {found['lower_in']} of {ratio['n']} trials"
-    return said + (" (too few for an interval)" if ratio["t_interval"] is None else f" ({ratio['shown']})")
+    if ratio["t_interval"] is None:
+        few = ratio["shown"] == TOO_FEW
+        return said + (" (too few for an interval)" if few else " (copies of one model: no interval)")
+    return said + f" ({ratio['shown']})"
