@@ -101,6 +101,18 @@ def test_pruning_keeps_a_share_of_the_state(by):
             assert old[new != 0].abs().min() >= old[new == 0].abs().max()
 
 
+@pytest.mark.parametrize("by", ["magnitude", "random"])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_a_step_after_a_merge_is_no_larger_than_adams(by, share):
+    """A has no gradient then. 3.2 is 0.1 / sqrt(0.001), B's: a first gradient that counts as a late one."""
+    made, optimizer = begun(interval=4, prune=share, prune_by=by, lora={"rank": 8})
+    train(made, optimizer, 1, 4)
+    before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+    train(made, optimizer, 5, 5)
+    steps = [(p.detach() - old).abs().max() for p, old in zip(optimizer.param_groups[0]["params"], before, strict=True)]
+    assert max(steps) <= 3.3e-2  # at a rate of 1e-2
+
+
 def test_resetting_forgets_everything():
     made, optimizer = begun(interval=4, prune=1.0)
     train(made, optimizer, 1, 3)

@@ -2,8 +2,9 @@
 
 Source: Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", ICLR 2024, arXiv 2307.05695. At a merge A
 is drawn anew and B is zero, most of the optimizer's state of both is set to zero, and the learning rate climbs again
-(jagged schedule). alpha: the rank, as for lora. Departs from the paper in training adapters only, as the APEX paper's
-comparison does: embeddings, norms and LM head stay as they are.
+(jagged schedule). alpha: the rank, as for lora. Departs from the published code in setting the same entries of Adam's
+two moments to zero, those with the smallest first moment (it prunes each by its own magnitude), and from the paper in
+training adapters only, as the APEX paper's comparison does: embeddings, norms and LM head stay as they are.
 """
 
 from collections.abc import Mapping
@@ -94,15 +95,18 @@ class ReLora(Adapters):
 
     def _forget(self, parameter: nn.Parameter) -> None:
         """Set `relora.prune` of the optimizer's state of one parameter to zero; all of it: as if it had never
-        stepped."""
+        stepped. The same entries of all moments: a first moment without its second one is a step without bound, since A
+        has no gradient as long as B is zero."""
         share = self.relora.prune
         if share == 1:
             self._optimizer.state.pop(parameter, None)
-        for value in self._optimizer.state.get(parameter, {}).values() if share else ():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                flat = value.view(-1)
-                score = flat.abs() if self.relora.prune_by == "magnitude" else torch.rand_like(flat)
-                flat[score.topk(round(share * flat.numel()), largest=False).indices] = 0
+        state = self._optimizer.state.get(parameter, {}).values() if share else ()
+        moments = [v.view(-1) for v in state if isinstance(v, Tensor) and v.shape == parameter.shape]
+        if moments:  # Adam's first moment is the first
+            score = moments[0].abs() if self.relora.prune_by == "magnitude" else torch.rand_like(moments[0])
+            gone = score.topk(round(share * score.numel()), largest=False).indices
+            for moment in moments:
+                moment[gone] = 0
 
     def _train_everything(self, everything: bool) -> None:
         """The warm start trains the model's own weights, and all after it the adapters."""
