@@ -4,6 +4,7 @@ Shapes: B rows, S positions, n samples of the batch, H heads, F channels.
 """
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -238,12 +239,14 @@ class ActivationRecorder:
         """Count forward passes in evaluation mode over `batches` (input_ids [B, S] and perhaps attention_mask,
         position_ids); returns the rows seen. The model's mode is put back."""
         device = next(self.model.parameters()).device
+        # Logits of all tokens would take more memory than all else, and nobody looks at them.
+        last: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(self.model) else {}
         self._forced = True
         rows = 0
         try:
             with evaluating(self.model):
                 for batch in batches:
-                    inputs = {k: v.to(device) for k, v in batch.items() if k in MODEL_INPUTS}
+                    inputs = {k: v.to(device) for k, v in batch.items() if k in MODEL_INPUTS} | last
                     noted = len(self.notes)
                     self.model(**inputs, use_cache=False)
                     if len(self.notes) > noted:  # another way to see was found just now: let it see this batch too
@@ -338,3 +341,8 @@ class ActivationRecorder:
         self._handles = []
         if self._fused is not None:
             self._fused.close()
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    """Whether the model can be asked for the logits of its last tokens alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -149,9 +149,10 @@ class Lift(Method):
     # -- the contract -------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        if self.settings.interval and "8bit" in self.config.optim:
+        if self.settings.interval and ("8bit" in self.config.optim or "paged" in self.config.optim):
             raise UserError(
-                "lift.interval: a state in 8 bits cannot move with its entries; set it to 0, or optim: adamw_torch"
+                f"lift.interval: the state of optim: {self.config.optim} cannot move with its entries; set it to 0, or "
+                "optim: adamw_torch"
             )
         self._trained_before = {name for name, p in self.model.named_parameters() if p.requires_grad}
         self.model.requires_grad_(False)

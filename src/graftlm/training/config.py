@@ -289,6 +289,10 @@ class RunConfig:
             raise UserError(f"phase: {self.method} keeps state that no phase can begin with; use method apex or full")
         if self.phase is not None and self.apex.stage_by == "epochs" and self.method == "apex":
             raise UserError("apex.stage_by: a phase is shorter than an epoch may be; use steps or tokens")
+        if "flash" in (self.attn_implementation or "") and self.dtype == "float32" and not self.bf16:
+            raise UserError(
+                f"attn_implementation: {self.attn_implementation} computes in 16 bits only; set bf16: true, or choose sdpa"
+            )
         if self.distillation.teacher is not None:
             self._check_distillation()
         if self.dynamic_loading.every:

@@ -5,7 +5,6 @@ several processes, they train the control after it.
 """
 
 import dataclasses
-import gc
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from graftlm.configuring import dump_yaml, load_config
 from graftlm.errors import UserError
@@ -51,6 +51,7 @@ def run_control(config: RunConfig, stage_starts: Sequence[int], *, resume: bool)
         control = dataclasses.replace(control, distributed=DistributedConfig())  # nobody to share with
         given = folder / "given.yaml"
         write_text(given, dump_yaml(control))
+        clear_device_cache(garbage_collection=True)  # the run is over: its GPU memory is the control's
         with start_training(given, resume=resume) as process:
             status = process.wait()
         if status != 0:
@@ -76,9 +77,8 @@ def _run_here(control: RunConfig, resume: bool) -> None:
     is measured anew; that of a process without one is the larger of both runs'."""
     from graftlm.training.run import train_one  # here: run.py imports this module
 
-    gc.collect()
+    clear_device_cache(garbage_collection=True)
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     train_one(control, resume=resume)
 

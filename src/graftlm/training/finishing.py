@@ -69,8 +69,6 @@ def finish(
     selection_loss = trainer.loss_on(data.selection) if data.selection is not None else None
     total = count_parameters(model)
     peak = peak_memory_bytes()
-    if before is not None:
-        _save_activations(trainer, config, before)
     summary: dict[str, Any] = {
         "method": config.method,
         "model": config.model,
@@ -99,13 +97,19 @@ def finish(
     model.config.use_cache = use_cache
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    if apex is not None:
+        apex.optimizer = None
     gc.collect()
     weights = gathered_state(model) if is_sharded(model) else None
+    if is_main():
+        card = model_card(summary, config_to_dict(config), config.model, own_class=has_own_class(model))
+        save_model(model, tokenizer, run / "model", card=card, state_dict=weights)
+    del weights
+    if before is not None:  # now that the model is safe
+        _save_activations(trainer, config, before)
     if not is_main():
         return summary
-    card = model_card(summary, config_to_dict(config), config.model, own_class=has_own_class(model))
-    save_model(model, tokenizer, run / "model", card=card, state_dict=weights)
-    del weights
     try:
         summary["fused_max_abs_logit_difference"] = _reopened_difference(trainer, config, sample, live)
     except torch.OutOfMemoryError:  # the run is done; what follows only looks at it

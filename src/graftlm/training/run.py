@@ -93,8 +93,17 @@ def train_one(config: RunConfig, *, resume: bool = False, lean: bool = False) ->
     """One run without its control; returns what it wrote to summary.json. `lean`: without plan and distributions of
     activations, which only a report of this run would show."""
     check_optimizer(config)
+    _check_bfloat16(config)
     with alone_in(Path(config.output_dir)):
         return _train_one(config, resume=resume, lean=lean)
+
+
+def _check_bfloat16(config: RunConfig) -> None:
+    """Raise UserError for a GPU that only emulates bfloat16, which is slower than float32."""
+    if config.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"bf16: {torch.cuda.get_device_name()} computes no bfloat16 and would emulate it slowly; set bf16: false"
+        )
 
 
 def _train_one(config: RunConfig, *, resume: bool, lean: bool = False) -> dict[str, Any]:

@@ -70,7 +70,10 @@ def prune_phase(
     began = time.monotonic()
     run = shrink.run
     name = str(before.trained) if before else run.model
-    how: dict[str, Any] = {"attn_implementation": run.attn_implementation, "trust_remote_code": run.trust_remote_code}
+    # Importance is measured in the weights' own dtype, and in 32 bits flash attention has no kernel.
+    exact = run.dtype == "float32" and "flash" in (run.attn_implementation or "")
+    attention = "sdpa" if exact else run.attn_implementation
+    how: dict[str, Any] = {"attn_implementation": attention, "trust_remote_code": run.trust_remote_code}
     model = load_model(name, dtype=run.dtype, **how)
     tokenizer = load_tokenizer(name, chat_template=run.chat_template, trust_remote_code=run.trust_remote_code)
     model.to(run_device(model))  # type: ignore[arg-type]

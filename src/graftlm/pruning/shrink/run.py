@@ -5,12 +5,11 @@ training goes on from its last checkpoint.
 """
 
 import dataclasses
-import gc
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
+from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 
 from graftlm.environment import describe_environment
@@ -186,7 +185,7 @@ def _phase(task: Shrink, here: PhaseFolder, before: PhaseFolder | None, last: Ph
 
         with console.status(f"{title}: pruning to {phase.parameters:,} parameters") as status:
             prune_phase(task, here, before, last, heard)
-        _free()
+        clear_device_cache(garbage_collection=True)
         _tell(here, title, console)
     if before and task.settings.keep == "last":
         before.drop_weights()
@@ -194,7 +193,7 @@ def _phase(task: Shrink, here: PhaseFolder, before: PhaseFolder | None, last: Ph
         if before:
             here.put_checkpoint()
         train_one(phase_config(task, here), resume=bool(list_checkpoints(here.train)), lean=True)
-        _free()
+        clear_device_cache(garbage_collection=True)
 
 
 def _tell(here: PhaseFolder, title: str, console: Console) -> None:
@@ -218,12 +217,6 @@ def _save(task: Shrink, last: PhaseFolder, summary: dict[str, Any]) -> None:
     model = load_model(str(last.trained), dtype=run.dtype, trust_remote_code=code)
     tokenizer = load_tokenizer(str(last.trained), trust_remote_code=code)
     save_pruned(model, tokenizer, target, card=shrunk_card(model, task, summary))
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _check_same_config(task: Shrink) -> None:
