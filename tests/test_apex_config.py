@@ -1,15 +1,21 @@
 """Settings, presets and the ablations they switch on."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from tiny_loop import REGIMES, REPEATED, begun, copied, same, train
 from tiny_models import batches, tiny_model
 
 from graftlm.apex import Apex
-from graftlm.apex_config import PRESETS, ApexConfig, apply_preset, differences
+from graftlm.apex_config import PRESETS, ApexConfig, apply_preset
 from graftlm.errors import UserError
 
 # -- settings -------------------------------------------------------------------------------------------------------
+
+
+def differences(config: ApexConfig) -> dict:
+    return {f.name: value for f in fields(config) if (value := getattr(config, f.name)) != f.default}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -19,7 +19,7 @@ from graftlm.comparing.cells import planned_stage_starts
 from graftlm.comparing.report import headline, write_outputs
 from graftlm.comparing.results import Results
 from graftlm.comparing.summary import summarise
-from graftlm.comparing.tables import csv_text, latex_text, print_tables, tables
+from graftlm.comparing.tables import csv_text, latex_of, print_tables, tables
 from graftlm.comparing.tasks import Tasks
 from graftlm.content import file_sha256
 from graftlm.errors import UserError
@@ -175,7 +175,7 @@ def test_more_tasks_run_again(finished, tmp_path):
     summary = summarise(asked.comparison, asked, {})
     assert by_name(summary, "apex")["tasks"]["arc_easy"]["metric"] == "acc"
     assert by_name(summary, "apex")["tasks"]["arc_easy"]["difference"]["mean"] == 0
-    assert "arc_easy (acc)" in latex_text(summary).replace("\\", "")
+    assert "arc_easy (acc)" in latex_of(tables(summary)).replace("\\", "")
 
 
 def test_scores_of_other_questions_are_not_used(tmp_path):
@@ -473,7 +473,7 @@ def test_files(finished, tmp_path):
     rows = list(csv.DictReader(io.StringIO(csv_text(summary))))
     assert len(rows) == 6
     assert float(rows[3]["loss"]) - float(rows[0]["loss"]) == pytest.approx(float(rows[3]["minus_control"]))
-    latex = latex_text(summary)
+    latex = latex_of(tables(summary))
     assert latex.count("\\toprule") == latex.count("\\bottomrule") == len(tables(summary))
     for line in latex.splitlines():
         assert not re.search(r"(?<!\\)[_%#](?!.*booktabs)", line) or line.startswith("%")

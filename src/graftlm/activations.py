@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from graftlm.advantage import count_of, rank_votes
 from graftlm.anatomy import Anatomy, Block, Kind
 from graftlm.fused_gate import FusedGates
+from graftlm.modes import evaluating
 from graftlm.samples import Samples, count_tokens, find_samples
-from graftlm.sharding import reshard, summed
+from graftlm.sharding import summed
 
 __all__ = ["MODEL_INPUTS", "ActivationRecorder", "count_tokens"]
 
@@ -237,23 +238,20 @@ class ActivationRecorder:
         """Count forward passes in evaluation mode over `batches` (input_ids [B, S] and perhaps attention_mask,
         position_ids); returns the rows seen. The model's mode is put back."""
         device = next(self.model.parameters()).device
-        was_training = self.model.training
-        self.model.eval()
         self._forced = True
         rows = 0
         try:
-            for batch in batches:
-                inputs = {k: v.to(device) for k, v in batch.items() if k in MODEL_INPUTS}
-                noted = len(self.notes)
-                self.model(**inputs, use_cache=False)
-                if len(self.notes) > noted:  # another way to see was found just now: let it see this batch too
-                    self.reset()
+            with evaluating(self.model):
+                for batch in batches:
+                    inputs = {k: v.to(device) for k, v in batch.items() if k in MODEL_INPUTS}
+                    noted = len(self.notes)
                     self.model(**inputs, use_cache=False)
-                rows += len(inputs["input_ids"])
+                    if len(self.notes) > noted:  # another way to see was found just now: let it see this batch too
+                        self.reset()
+                        self.model(**inputs, use_cache=False)
+                    rows += len(inputs["input_ids"])
         finally:
             self._forced = False
-            self.model.train(was_training)
-            reshard(self.model)
         return rows
 
     def reset(self) -> None:

@@ -165,8 +165,3 @@ def apply_preset(name: str, settings: dict[str, Any] | None = None) -> ApexConfi
     if name not in PRESETS:
         raise UserError(f"apex.preset: {name!r} is not one of {', '.join(PRESETS)}")
     return replace(ApexConfig(), **{**PRESETS[name], **(settings or {})})
-
-
-def differences(config: ApexConfig) -> dict[str, Any]:
-    """Fields of `config` that differ from the defaults."""
-    return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}

@@ -1,7 +1,9 @@
-"""Words of the command line that are numbers: argparse types that say what is wrong with one. Imports nothing heavy."""
+"""Words of the command line: argparse types that say what is wrong with a number; configs and settings. Imports nothing
+heavy."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 Number = TypeVar("Number", int, float)
@@ -26,3 +28,9 @@ positive = _number(int, lambda value: value >= 1, "must be at least 1")
 positive_number = _number(float, lambda value: value > 0, "must be above 0")
 not_negative = _number(float, lambda value: value >= 0, "must not be negative")
 share = _number(float, lambda value: 0 < value < 1, "must be between 0 and 1, e.g. 0.1")
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words that name a config file, and those that are KEY=VALUE."""
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    return files, [word for word in words if word not in files]

@@ -6,7 +6,6 @@ packed together, and padding is never counted.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,9 @@ from graftlm.configuring import load_sources
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import atomic_path, check_folder, write_json
-from graftlm.held_out import mean_loss
-from graftlm.masking import masked
 from graftlm.models import check_vocabulary, load_model, load_tokenizer, to_gpu
-from graftlm.pruning.sensitivity import layer_sensitivity
+from graftlm.pruning.sensitivity import layer_sensitivity, loss_without
+from graftlm.reporting import figures
 from graftlm.reporting.distributions import plot_activations, plot_sigma, relative_sigma, sigma, top_share
 from graftlm.reporting.layers import plot_sensitivity
 from graftlm.reporting.spaces import mean_by_role, plot_spaces
@@ -245,9 +243,7 @@ def _masking(
         sets["random"][block.name] = torch.randperm(block.ranked, generator=generator)[:count]
     result: dict[str, Any] = {"share": share}
     for name, units in sets.items():
-        with masked(model, anatomy, units), torch.no_grad():
-            loss = mean_loss(model, batches)
-        result[name] = {"loss": loss, "perplexity": exp(loss) if loss < 700 else None}
+        result[name] = loss_without(model, anatomy, units, batches)
     return result
 
 
@@ -317,8 +313,8 @@ def _masking_table(one: Assessed) -> Table:
     title = f"{one.label} without {masking['share']:.0%} of the heads and channels of every layer, on {where}"
     table = Table("masked", "loss", "perplexity", title=Text(title), header_style="bold")
     for name in ("none", "top", "lowest", "random"):
-        loss, perplexity = masking[name]["loss"], masking[name]["perplexity"]
-        table.add_row(name, f"{loss:.4f}", "inf" if perplexity is None else f"{perplexity:.4g}")
+        loss = masking[name]["loss"]
+        table.add_row(name, figures.loss(loss), figures.perplexity(loss))
     return table
 
 
@@ -331,6 +327,5 @@ def _sensitivity_table(one: Assessed) -> Table:
     uniform = [(f"{way['share']:.0%} of every layer", way) for way in found["uniform"]]
     shown = [*ranked[-3:][::-1], *ranked[:-3][:1]]
     for name, way in [("nothing", found["none"]), *((f"layer {way['layer']}", way) for way in shown), *uniform]:
-        perplexity = way["perplexity"]
-        table.add_row(name, f"{way['loss']:.4f}", "inf" if perplexity is None else f"{perplexity:.4g}")
+        table.add_row(name, figures.loss(way["loss"]), figures.perplexity(way["loss"]))
     return table

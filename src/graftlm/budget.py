@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from graftlm.advantage import Choice
 from graftlm.anatomy import Anatomy, Block, Matrix, linear
 from graftlm.errors import UserError
+from graftlm.parts import count_parameters
 
 
 @dataclass
@@ -84,7 +85,7 @@ def plan_budget(
     longer fits is passed over, so the smallest component, a channel, decides how closely the budget is met. `n_first`:
     N before P, where N has to train whole.
     """
-    total = sum(p.numel() for p in model.parameters())
+    total = count_parameters(model)
     half = regime == "half"
     budget = Budget(total, operators, operators, followers=half, embeddings=half)
     if regime == "full":

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from graftlm.sharding import is_sharded, reshard, summed
+from graftlm.fused_loss import IGNORED
+from graftlm.modes import evaluating
+from graftlm.sharding import is_sharded, summed
 
 
 @torch.no_grad()
@@ -17,20 +19,17 @@ def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, coun
     together, and some have fewer batches. None: all.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0.0
-    for number, batch in enumerate(batches):
-        inputs = {k: v.to(device) for k, v in batch.items()}
-        counts = counting is None or number < counting
-        supervised = int((inputs["labels"][:, 1:] != -100).sum()) if counts else 0
-        if supervised or is_sharded(model):
-            loss = model(**inputs, use_cache=False).loss
-            if supervised:
-                total += float(loss) * supervised
-                count += supervised
-    reshard(model)
-    model.train(was_training)
+    with evaluating(model):
+        for number, batch in enumerate(batches):
+            inputs = {k: v.to(device) for k, v in batch.items()}
+            counts = counting is None or number < counting
+            supervised = int((inputs["labels"][:, 1:] != IGNORED).sum()) if counts else 0
+            if supervised or is_sharded(model):
+                loss = model(**inputs, use_cache=False).loss
+                if supervised:
+                    total += float(loss) * supervised
+                    count += supervised
     found = summed({"losses": torch.tensor([total, count], dtype=torch.float64)}, device)
     total, count = found["losses"].tolist()
     return total / count if count else float("nan")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from graftlm.anatomy import Block, Matrix, linear
 from graftlm.fused_loss import IGNORED
+from graftlm.modes import evaluating
 from graftlm.panels import local
-from graftlm.sharding import is_first, is_sharded, reshard, sum_gradients, summed
+from graftlm.sharding import is_first, is_sharded, sum_gradients, summed
 
 
 def energies(values: Tensor, matrix: Matrix, components: int) -> Tensor:
@@ -99,19 +100,16 @@ class GradientScores:
         Gradients that the model holds are lost."""
         model, rows = self._model, 0
         device = next(model.parameters()).device
-        training = model.training
-        model.eval()
-        model.zero_grad()
-        for batch in batches:
-            inputs = with_labels({key: value.to(device) for key, value in batch.items()})
-            model(**inputs, use_cache=False).loss.backward()
-            if not is_sharded(model) and dist.is_initialized():
-                sum_gradients(dict.fromkeys(self._weights()), mean=True)
-            self.add()
+        with evaluating(model):
             model.zero_grad()
-            rows += len(inputs["input_ids"])
-        model.train(training)
-        reshard(model)
+            for batch in batches:
+                inputs = with_labels({key: value.to(device) for key, value in batch.items()})
+                model(**inputs, use_cache=False).loss.backward()
+                if not is_sharded(model) and dist.is_initialized():
+                    sum_gradients(dict.fromkeys(self._weights()), mean=True)
+                self.add()
+                model.zero_grad()
+                rows += len(inputs["input_ids"])
         return rows
 
     def scores(self) -> dict[str, Tensor]:

@@ -29,14 +29,6 @@ def monarch_shape(k: int) -> tuple[int, int]:
         padded += 1
 
 
-def operator_size(kind: OperatorKind, k: int) -> int:
-    """Parameters of an operator on k dimensions: k(a + b) for Monarch (of the padded k), k^2 dense."""
-    if kind == "dense":
-        return k * k
-    a, b = monarch_shape(k)
-    return a * b * (a + (b if kind == "monarch" else 1))
-
-
 class Operator(nn.Module):
     """A k x k matrix M, exactly zero after `reset`.
 

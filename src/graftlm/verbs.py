@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from graftlm.arguments import split_words
 from graftlm.errors import UserError
 from graftlm.training.config import RunConfig
 
@@ -14,8 +15,7 @@ from graftlm.training.config import RunConfig
 def _config(args: argparse.Namespace) -> RunConfig:
     from graftlm.configuring import load_config
 
-    files = [word for word in args.settings if "=" not in word or Path(word).is_file()]
-    overrides = [word for word in args.settings if word not in files]
+    files, overrides = split_words(args.settings)
     if len(files) > 1:
         raise UserError(f"{files[1]!r}: one config file, please ({files[0]} is one); settings are written KEY=VALUE")
     if not (files or args.model or args.data or overrides):
@@ -97,10 +97,9 @@ def demo(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     from graftlm.comparing import runner
 
-    files = [word for word in args.settings if "=" not in word or Path(word).is_file()]
+    files, overrides = split_words(args.settings)
     if len(files) != 1:
         raise UserError(f"compare: give one CONFIG.yaml, not {len(files)}; settings are written KEY=VALUE")
-    overrides = [word for word in args.settings if word not in files]
     runner.compare(files[0], overrides, minutes=args.minutes, dry_run=args.dry_run)
 
 

@@ -187,11 +187,11 @@ def _variant(name: str, node: Node, base: RunConfig, settings: CompareConfig) ->
                 f"{place_of(changes, key)}variants.{name}.{key}: is {_short(getattr(config, key))} here and "
                 f"{_short(getattr(base, key))} in base, so the arms could not be compared; set it in base"
             )
-    if _sequences(config) != _sequences(base):
+    own, shared = config.sequences_per_step, base.sequences_per_step
+    if own != shared:
         raise UserError(
-            f"{place_of(changes, 'per_device_train_batch_size')}variants.{name}: a step has {_sequences(config)} "
-            f"sequences and base's {_sequences(base)} (per_device_train_batch_size x gradient_accumulation_steps), so "
-            "the arms could not be compared"
+            f"{place_of(changes, 'per_device_train_batch_size')}variants.{name}: a step has {own} sequences and base's "
+            f"{shared} (per_device_train_batch_size x gradient_accumulation_steps), so the arms could not be compared"
         )
     if rates is not None and own_rate is not None:
         raise UserError(f"{place_of(node, 'learning_rates')}variants.{name}: learning_rate or learning_rates, not both")
@@ -315,10 +315,6 @@ def _check_multiples(multiples: Sequence[float], steps: int) -> None:
                 f"plain_multiples: {same:g} and {multiple:g} times base.max_steps = {steps} are the same number of "
                 "steps; leave one out, or give more steps"
             )
-
-
-def _sequences(config: RunConfig) -> int:
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
 def _short(value: Any) -> str:

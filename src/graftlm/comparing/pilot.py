@@ -66,8 +66,7 @@ def plan_pilot(config: RunConfig, total_steps: int, *, share: float = SHARE, pai
         raise UserError(f"{ONE_ORDER}, and pairs tell little more than one; try it without, on a part (data.limit)")
     if pairs < FEWEST:
         raise UserError(f"pairs: {pairs} give no interval; at least {FEWEST}")
-    sequences = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    step_tokens = sequences * config.max_length
+    step_tokens = config.sequences_per_step * config.max_length
     stages = config.apex.stages if config.method == "apex" else 1
     fewest = max(FEWEST_STEPS, 2 * stages)
     while (steps := int(share * total_steps / _runs(pairs))) < fewest and pairs > FEWEST:
@@ -80,7 +79,7 @@ def plan_pilot(config: RunConfig, total_steps: int, *, share: float = SHARE, pai
         )
     scale = steps / total_steps
     apex = config.apex
-    assessed = min(apex.assess_samples, max(1, steps * sequences // ASSESSED))
+    assessed = min(apex.assess_samples, max(1, steps * config.sequences_per_step // ASSESSED))
     length, by = apex.stage_length, apex.stage_by
     if by == "epochs":  # a pilot sees a part of one epoch: stages keep their share of the run instead
         share_of_run = apex.stage_length / config.num_train_epochs if apex.stage_length else 1 / apex.stages
@@ -229,13 +228,15 @@ def planned_steps(config: RunConfig) -> int:
         return config.max_steps
     from graftlm.models import load_tokenizer
     from graftlm.training.data import prepare_data
+    from graftlm.training.estimates import steps_per_epoch, total_steps
 
     code = {"trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model, chat_template=config.chat_template, **code)
     blocks = prepare_data(config, tokenizer).statistics.blocks
     assert blocks is not None  # streaming needs max_steps
-    sequences = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return max(1, int(-(-blocks // sequences) * config.num_train_epochs))
+    steps = total_steps(config, steps_per_epoch(config, blocks, processes=1))
+    assert steps is not None
+    return steps
 
 
 def _run_pair(config: RunConfig, seed: int, folder: Path, console: Console) -> tuple[Record, Record]:

@@ -153,15 +153,15 @@ def _first_at_or_below(grid: np.ndarray, curve: np.ndarray, loss: float) -> tupl
 # --- looking again after every pair ----------------------------------------------------------------------------------
 
 
-def repeated_interval(differences: Sequence[float], looks: int, level: float = LEVEL) -> tuple[float, float] | None:
+def repeated_interval(differences: Sequence[float], looks: int) -> tuple[float, float] | None:
     """Interval for the mean of paired differences that holds at all of `looks` planned looks at once.
 
     A repeated confidence interval (Jennison and Turnbull 1989, JRSS B 51, 305-361): at each look Student's interval
-    with an equal part of the error (Bonferroni), so with probability `level` every one of them holds the true mean,
+    with an equal part of the error (Bonferroni), so with probability LEVEL every one of them holds the true mean,
     whichever look one stops at and why. For normal differences, at any number of pairs. None under three.
     """
     values = np.asarray(differences, dtype=np.float64)
     if len(values) < FEWEST:
         return None
-    mean, half = float(values.mean()), half_width(values, (1 - level) / looks)
+    mean, half = float(values.mean()), half_width(values, (1 - LEVEL) / looks)
     return mean - half, mean + half

@@ -199,11 +199,6 @@ LATEX = {
 }
 
 
-def latex_text(summary: dict[str, Any]) -> str:
-    """Every table of a comparison as a tabular."""
-    return latex_of(tables(summary))
-
-
 def latex_of(shown_tables: Sequence[Table]) -> str:
     """Tables as tabulars with booktabs' rules."""
     parts = ["% needs \\usepackage{booktabs}"]

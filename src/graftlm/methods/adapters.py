@@ -18,6 +18,7 @@ from graftlm.anatomy import decoder_linears, read_anatomy
 from graftlm.errors import UserError
 from graftlm.methods.adapter_settings import LoraSettings
 from graftlm.methods.base import Method
+from graftlm.parts import count_parameters
 from graftlm.training.config import RunConfig
 
 ADAPTER = "default"
@@ -54,7 +55,7 @@ class Adapters(Method):
         self.settings: LoraSettings = config.lora
         self.targets = targets(model, self.settings.target)
         self.widths = [(m.in_features, m.out_features) for m in self.linears()]
-        self.total = sum(p.numel() for p in model.parameters())
+        self.total = count_parameters(model)
         self.rank = self.settings.rank if self.settings.budget is None else self._rank_within(self.settings.budget)
         self.check_rank()
         self.peft: Any = None

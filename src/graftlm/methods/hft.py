@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from graftlm.anatomy import decoder_layers
 from graftlm.methods.base import Method
 from graftlm.methods.sparse_settings import HftSettings
+from graftlm.parts import count_parameters
 from graftlm.training.config import RunConfig
 
 NORMS = "norms"
@@ -93,13 +94,13 @@ class Hft(Method):
     @property
     def trainable(self) -> int:
         frozen = self._modules() - self.chosen()
-        return sum(p.numel() for p in self.model.parameters()) - sum(
+        return count_parameters(self.model) - sum(
             p.numel() for name in frozen for p in self.model.get_submodule(name).parameters(recurse=False)
         )
 
     @property
     def notes(self) -> list[str]:
-        share = self.trainable / sum(p.numel() for p in self.model.parameters())
+        share = self.trainable / count_parameters(self.model)
         rounds = (
             f"in {len(self.begins) + 1} rounds" if self.begins else "the same all along (hft.round_steps changes it)"
         )

@@ -27,6 +27,7 @@ from graftlm.methods.adapters import ADAPTER
 from graftlm.methods.base import Batches
 from graftlm.methods.lora import Lora
 from graftlm.methods.sparse_settings import IstSettings
+from graftlm.modes import evaluating
 from graftlm.training.config import RunConfig
 
 TRIALS, LAYERS = range(2)
@@ -138,20 +139,18 @@ class Ist(Lora):
     @torch.no_grad()
     def _loss_without(self, suppressed: list[int]) -> float:
         """Mean loss on the trial's sequences, with those layers' adapters scaled down."""
-        model = self.model
-        training, device = model.training, next(model.parameters()).device
+        model, device = self.model, next(self.model.parameters()).device
         changed = [(layer, layer.scaling[ADAPTER]) for number, layer in self._adapters() if number in suppressed]
-        model.eval()
         for layer, scaling in changed:
             layer.scaling[ADAPTER] = scaling * self.ist.suppression
         total, rows = 0.0, 0
-        for batch in self._seen:
-            inputs = {key: value.to(device) for key, value in batch.items()}
-            total += float(model(**inputs, use_cache=False).loss) * len(inputs["input_ids"])
-            rows += len(inputs["input_ids"])
+        with evaluating(model):
+            for batch in self._seen:
+                inputs = {key: value.to(device) for key, value in batch.items()}
+                total += float(model(**inputs, use_cache=False).loss) * len(inputs["input_ids"])
+                rows += len(inputs["input_ids"])
         for layer, scaling in changed:
             layer.scaling[ADAPTER] = scaling
-        model.train(training)
         return total / rows
 
 

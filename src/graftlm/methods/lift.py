@@ -26,6 +26,7 @@ from graftlm.errors import UserError
 from graftlm.methods.base import Batches, Method
 from graftlm.methods.masks import top_entries
 from graftlm.methods.sparse_settings import LiftSettings
+from graftlm.parts import count_parameters
 from graftlm.training.config import RunConfig
 
 CONTAINER = "lift"
@@ -121,7 +122,7 @@ class Lift(Method):
         self.layers = decoder_linears(model)
         if not self.layers:
             raise UserError(f"method: lift finds no linear layer in {type(model).__name__}; use gmt")
-        self.total = sum(p.numel() for p in model.parameters())
+        self.total = count_parameters(model)
         self.share = self._share()
         self._trained_before: set[str] = set()
         self._undo: list[Callable[[], None]] = []

@@ -28,6 +28,7 @@ from graftlm.expansion import Expansion
 from graftlm.importance import GradientScores, weight_scores
 from graftlm.methods.base import Batches, Method
 from graftlm.methods.sparse_settings import S2ftSettings
+from graftlm.parts import count_parameters
 from graftlm.sliced_training import SlicedTraining
 from graftlm.training.config import RunConfig
 
@@ -52,7 +53,7 @@ def plan_counts(model: PreTrainedModel, blocks: Sequence[Block], settings: S2ftS
     one), and channels for what is left, rounded down."""
     costs = {block.name: component_size(model, block, False) for block in blocks}
     everything = sum(block.components * costs[block.name] for block in blocks)
-    total = sum(p.numel() for p in model.parameters())
+    total = count_parameters(model)
     limit = settings.budget * total
     if limit > everything:
         mend = "lower it, or choose s2ft.trains: coupled" if settings.trains == "output" else "lower it"
@@ -95,7 +96,7 @@ class S2ft(Method):
         self.anatomy = read_anatomy(model, smallest=1)  # nothing is chosen against anything
         self.blocks = trained_blocks(self.anatomy.blocks, self.settings.trains)
         self.counts = plan_counts(model, self.blocks, self.settings)
-        self.total = sum(p.numel() for p in model.parameters())
+        self.total = count_parameters(model)
         self.choices: dict[str, Choice] = {}
         self.slices: SlicedTraining | None = None
 

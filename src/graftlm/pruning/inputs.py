@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from graftlm.activations import MODEL_INPUTS
 from graftlm.anatomy import Block, linear
+from graftlm.modes import evaluating
 from graftlm.pruning.base import Batch
 
 Seen = Callable[[Block, Tensor, Tensor], None]
@@ -36,15 +37,13 @@ def watch_inputs(model: nn.Module, blocks: Sequence[Block], batches: Iterable[Ba
     handles = [
         model.get_submodule(block.output.module).register_forward_pre_hook(partial(before, block)) for block in blocks
     ]
-    was_training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            inputs = {key: value.to(device) for key, value in batch.items() if key in MODEL_INPUTS}
-            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-            tokens.append(mask.bool())
-            model(**inputs, use_cache=False)
+        with evaluating(model):
+            for batch in batches:
+                inputs = {key: value.to(device) for key, value in batch.items() if key in MODEL_INPUTS}
+                mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+                tokens.append(mask.bool())
+                model(**inputs, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from graftlm.activations import MODEL_INPUTS
 from graftlm.anatomy import decoder_layers
 from graftlm.errors import UserError
+from graftlm.modes import evaluating
 from graftlm.pruning.settings import Similarity
 
 
@@ -55,13 +56,12 @@ class LayerWatch:
     def run(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Let the decoder see every batch, without the logits; the model's mode is put back."""
         model: Any = self._model
-        device, training = next(model.parameters()).device, model.training
-        model.eval()
-        for batch in batches:
-            inputs = {key: value.to(device) for key, value in batch.items() if key in MODEL_INPUTS}
-            self._begin(model, (), inputs)  # the decoder is called without its head
-            model.get_decoder()(**inputs, use_cache=False)
-        model.train(training)
+        device = next(model.parameters()).device
+        with evaluating(model):
+            for batch in batches:
+                inputs = {key: value.to(device) for key, value in batch.items() if key in MODEL_INPUTS}
+                self._begin(model, (), inputs)  # the decoder is called without its head
+                model.get_decoder()(**inputs, use_cache=False)
 
     @property
     def seen(self) -> bool:

@@ -81,9 +81,3 @@ class Adaptive:
             iterations=progress.iterations,
         )
         return {block.name: float(self._sparsity[block.layer]) for block in progress.blocks}
-
-
-def allocation(settings: PruneSettings, *, uniform: bool) -> Allocate | None:
-    """What the settings ask for, `uniform` where they leave it to the method; None: every layer loses the same."""
-    chosen = uniform if settings.uniform is None else settings.uniform
-    return None if chosen else Adaptive(settings)

@@ -11,14 +11,15 @@ from transformers import PreTrainedModel
 from graftlm.errors import UserError
 from graftlm.parts import count_parameters
 from graftlm.pruning.ablation import ablation
-from graftlm.pruning.base import Batch, Calibration, Measure, Pruned, PruneStep
+from graftlm.pruning.base import Batch, Calibration, Measure, Pruned, PruneStep, PruningMethod
 from graftlm.pruning.layer_importance import LayerWatch
-from graftlm.pruning.layer_sparsity import Allocate, Progress
+from graftlm.pruning.layer_sparsity import Adaptive, Allocate, Progress
 from graftlm.pruning.methods import method
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import per_layer_config_class, shapes_of
 from graftlm.pruning.surgery import keep_components, prunable_blocks
 from graftlm.pruning.targets import Target, apportioned, counts_of, find_target, published
+from graftlm.pruning.ways import iterations_of, layers_differ
 
 
 def prune(
@@ -37,6 +38,19 @@ def prune(
     Raises UserError for a target that cannot be met and for a family that the method cannot prune.
     """
     return method(settings.method)(model, settings, calibration, heard)
+
+
+def ranked_by(measure: Measure) -> PruningMethod:
+    """The way of pruning that removes what `measure` ranks lowest, in the steps and by layers as the settings say."""
+
+    def prune(
+        model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
+    ) -> Pruned:
+        allocate = Adaptive(settings) if layers_differ(settings) else None
+        iterations = iterations_of(settings)
+        return iterate(model, settings, calibration, heard, measure=measure, allocate=allocate, iterations=iterations)
+
+    return prune
 
 
 def iterate(

@@ -32,7 +32,7 @@ def layer_sensitivity(
 
     def without(share: float, blocks: Sequence[Block]) -> dict[str, float | None]:
         units = {block.name: least_important(block, scores[block.name], share) for block in blocks}
-        return _measured(model, anatomy, units, held_out)
+        return loss_without(model, anatomy, units, held_out)
 
     layers = [
         {"layer": i, **without(share, [block for block in anatomy.blocks if block.layer == i])}
@@ -51,9 +51,10 @@ def least_important(block: Block, scores: Tensor, share: float) -> Tensor:
 
 
 @torch.no_grad()
-def _measured(
+def loss_without(
     model: PreTrainedModel, anatomy: Anatomy, units: Mapping[str, Tensor], batches: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, float | None]:
+    """Mean loss on `batches`, and its perplexity (None: too large for a number), with those units switched off."""
     with masked(model, anatomy, units):
         loss = mean_loss(model, batches)
     return {"loss": loss, "perplexity": exp(loss) if loss < 700 else None}

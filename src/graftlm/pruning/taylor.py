@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from graftlm.anatomy import Block
 from graftlm.fused_loss import IGNORED, fused_where_it_fits
 from graftlm.importance import by_component, with_labels
+from graftlm.modes import evaluating
 from graftlm.parts import Part, parts
 from graftlm.pruning.base import Batch
 
@@ -56,17 +57,12 @@ def taylor(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Ba
     # A gradient of float16 may be too small to be told from 0, and is computed larger.
     scale = FLOAT16_SCALE if model.dtype == torch.float16 else 1
     items = torch.tensor(tokens / scale, device=device)
-    training = model.training
-    model.eval()
     owned = {path: found[0][1].parameter for path, found in owners.items()}
-    try:
-        with fused_where_it_fits(model), _only(model, owned, heard):
-            for one in inputs:
-                model(**one, num_items_in_batch=items, use_cache=False).loss.backward()
-        for path in list(sums):
-            credit(path, sums.pop(path))
-    finally:
-        model.train(training)
+    with evaluating(model), fused_where_it_fits(model), _only(model, owned, heard):
+        for one in inputs:
+            model(**one, num_items_in_batch=items, use_cache=False).loss.backward()
+    for path in list(sums):
+        credit(path, sums.pop(path))
     return {name: score.div_(scale) for name, score in scores.items()}
 
 

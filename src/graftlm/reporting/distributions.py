@@ -10,6 +10,8 @@ from matplotlib.colors import Normalize
 from graftlm.reporting.rundata import KINDS, Activations
 from graftlm.reporting.style import colours, figure, legend, save, style, whole_numbers
 
+STRONGEST = 0.1
+"""Share of a module's components whose part of the whole activation is told."""
 FLOOR = 1e-4
 """Shares of the mean below this are drawn at the lower edge: the plot is about who dominates."""
 
@@ -25,11 +27,11 @@ def relative_sigma(values: np.ndarray) -> float:
     return sigma(values) / mean if mean > 0 else 0.0
 
 
-def top_share(values: np.ndarray, part: float = 0.1) -> float:
+def top_share(values: np.ndarray) -> float:
     """Share of a module's whole activation that its strongest components hold (at least one component)."""
     ordered = np.sort(values.astype(np.float64))[::-1]
     total = ordered.sum()
-    return float(ordered[: max(1, round(part * len(ordered)))].sum() / total) if total > 0 else 0.0
+    return float(ordered[: max(1, round(STRONGEST * len(ordered)))].sum() / total) if total > 0 else 0.0
 
 
 def mean_over_layers(activations: Activations, kind: str, measure: Any) -> dict[str, float]:
@@ -41,7 +43,7 @@ def mean_over_layers(activations: Activations, kind: str, measure: Any) -> dict[
     }
 
 
-def plot_activations(activations: Activations, kind: str, path: Path, *, note: str = "") -> Path | None:
+def plot_activations(activations: Activations, kind: str, path: Path) -> Path | None:
     """Activations of `kind` ("heads" or "channels"), sorted and divided by their layer's mean; one line a layer.
 
     One panel for each key of `activations`: moments of a run, or models side by side. None if there is nothing of this
@@ -50,17 +52,15 @@ def plot_activations(activations: Activations, kind: str, path: Path, *, note: s
     panels = {when: kinds[kind] for when, kinds in activations.items() if kinds.get(kind)}
     if not panels:
         return None
-    held = ", ".join(
-        f"{v:.0%} ({when})" for when, v in mean_over_layers(panels_of(panels, kind), kind, top_share).items()
-    )
+    held = ", ".join(f"{v:.0%} ({when})" for when, v in mean_over_layers(activations, kind, top_share).items())
     first = next(iter(next(iter(panels.values())).values()))
-    top = max(1, round(0.1 * len(first)))
+    top = max(1, round(STRONGEST * len(first)))
     strongest = f"strongest {top} of {len(first)} {kind} hold" if top > 1 else f"strongest of {len(first)} {kind} holds"
     made = figure(
         f"In a layer, the {strongest} on average {held}",
         width=max(6.0, 3.3 * len(panels)),
         height=4.6,
-        note=note or "of the module's activation (mean over samples of the squared norm)",
+        note="of the module's activation (mean over samples of the squared norm)",
     )
     grid = made.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     depth = Normalize(0, max(1, max(max(layers) for layers in panels.values())))
@@ -88,12 +88,7 @@ def plot_activations(activations: Activations, kind: str, path: Path, *, note: s
     return save(made, path)
 
 
-def panels_of(panels: dict[str, Any], kind: str) -> Activations:
-    """{when: layers} as the mapping with kinds that everything else takes."""
-    return {when: {kind: layers} for when, layers in panels.items()}
-
-
-def plot_sigma(activations: Activations, path: Path, *, note: str = "") -> Path | None:
+def plot_sigma(activations: Activations, path: Path) -> Path | None:
     """sigma and sigma / mean of every layer's heads and channels, one line for each key; None if there is nothing."""
     kinds = [kind for kind in KINDS if any(found.get(kind) for found in activations.values())]
     if not kinds:
@@ -106,7 +101,7 @@ def plot_sigma(activations: Activations, path: Path, *, note: str = "") -> Path 
     made = figure(
         "Mean of σ/mean over layers: " + "; ".join(said),
         height=6.2,
-        note=note or "Lower is more even. σ: standard deviation over a module's components of the mean activation.",
+        note="Lower is more even. σ: standard deviation over a module's components of the mean activation.",
     )
     grid = made.subplots(2, len(kinds), sharex="col", squeeze=False)
     palette = colours(activations)

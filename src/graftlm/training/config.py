@@ -244,6 +244,11 @@ class RunConfig:
     seed: int = 0
     """Seed of data order and everything drawn at random."""
 
+    @property
+    def sequences_per_step(self) -> int:
+        """Of one process, in an optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
     def __post_init__(self) -> None:
         if not self.data:
             raise UserError("data: no source given; name a file, a folder, or hub:OWNER/NAME")

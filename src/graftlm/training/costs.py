@@ -56,10 +56,9 @@ class MethodFlops:
 
 @dataclass
 class OperatorFlops:
-    """Floating-point operations of M x, of M^T g, and of the gradients of both, for k x `columns` panels."""
+    """Floating-point operations of M x, as many of M^T g, and of the gradients of both, for k x `columns` panels."""
 
     apply: int
-    adjoint: int
     pull_back: int
 
 
@@ -71,12 +70,12 @@ def operator_flops(operator: Operator, columns: int) -> OperatorFlops:
     """
     if isinstance(operator, Dense):
         once = 2 * operator.k**2 * columns
-        return OperatorFlops(once, once, 2 * once)
+        return OperatorFlops(once, 2 * once)
     assert isinstance(operator, Monarch)
     padded, a = operator.a * operator.b, operator.a
     inner = 0 if operator.diagonal else operator.b
     once = 2 * padded * (a + inner) * columns
-    return OperatorFlops(once, once, 2 * padded * (2 * a + 3 * inner) * columns)
+    return OperatorFlops(once, 2 * padded * (2 * a + 3 * inner) * columns)
 
 
 def linear_weights(module: nn.Module) -> dict[str, int]:

@@ -82,7 +82,7 @@ def estimate(
         length = max(1, round(tokens / blocks))
     rows = config.per_device_train_batch_size
     epoch_steps = steps_per_epoch(config, blocks, layout.processes)
-    steps = _steps(config, epoch_steps)
+    steps = total_steps(config, epoch_steps)
     per_step = rows * config.gradient_accumulation_steps * layout.processes
     process_bytes = process_memory(model)
     copied = layers_to_copy(model)
@@ -155,7 +155,8 @@ def steps_per_epoch(config: RunConfig, blocks: int | None, processes: int) -> in
     return max(1, math.ceil(batches / config.gradient_accumulation_steps))
 
 
-def _steps(config: RunConfig, epoch_steps: int | None) -> int | None:
+def total_steps(config: RunConfig, epoch_steps: int | None) -> int | None:
+    """Optimizer steps of the run, as Trainer counts them; None: it goes by epochs, and theirs are not known."""
     if config.max_steps > 0:
         return config.max_steps
     return None if epoch_steps is None else math.ceil(config.num_train_epochs * epoch_steps)

@@ -14,8 +14,10 @@ from graftlm.configuring import config_to_dict
 from graftlm.environment import peak_memory_bytes
 from graftlm.files import atomic_path
 from graftlm.models import has_own_class, load_model, save_model
+from graftlm.modes import evaluating
+from graftlm.parts import count_parameters
 from graftlm.reporting.card import model_card
-from graftlm.sharding import gathered_state, is_sharded, reshard
+from graftlm.sharding import gathered_state, is_sharded
 from graftlm.training import distributed
 from graftlm.training.config import RunConfig
 from graftlm.training.data import PreparedData
@@ -65,7 +67,7 @@ def finish(
         apex.finish()
         loss = trainer.stages[-1]["eval_loss_after_fusion"] = trainer.evaluate_now("after_fusion")
     selection_loss = trainer.loss_on(data.selection) if data.selection is not None else None
-    total = sum(p.numel() for p in model.parameters())
+    total = count_parameters(model)
     peak = peak_memory_bytes()
     if before is not None:
         _save_activations(trainer, config, before)
@@ -136,9 +138,6 @@ def _save_activations(trainer: RunTrainer, config: RunConfig, before: Activation
 
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    was_training = model.training
-    model.eval()
-    logits: Tensor = model(ids.to(next(model.parameters()).device), use_cache=False).logits.float()
-    reshard(model)
-    model.train(was_training)
+    with evaluating(model):
+        logits: Tensor = model(ids.to(next(model.parameters()).device), use_cache=False).logits.float()
     return logits

@@ -28,11 +28,6 @@ class Layout:
         """In how many parts weights, gradients and optimizer state lie."""
         return self.processes if self.strategy == "fsdp2" else 1
 
-    @property
-    def unit(self) -> str:
-        """What one process runs on, as a person says it."""
-        return "GPU" if self.device == "cuda" else "process"
-
 
 def run_device(model: PreTrainedModel) -> torch.device:
     """Where training would run on this machine: Trainer's choice, so far as it can be known beforehand."""

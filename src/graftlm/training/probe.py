@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, Trainer
 from graftlm.anatomy import decoder_layers
 from graftlm.apex import Apex
 from graftlm.methods import make_method
+from graftlm.parts import count_parameters
 from graftlm.training.arguments import fuse_loss, training_arguments
 from graftlm.training.config import RunConfig
 from graftlm.training.layout import run_device
-from graftlm.training.scaled_copy import cut, layers_copied, layers_differ, narrow, weights_in
+from graftlm.training.scaled_copy import cut, layers_copied, layers_differ, narrow
 from graftlm.training.sections import Saved, Sections
 
 HUGE_LAYER = 2**27
@@ -130,7 +131,7 @@ class _Run:
         """The budget under which as many components of these layers train as in the whole model."""
         embeddings = {id(p): p.numel() for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
                       if m is not None for p in m.parameters()}  # fmt: skip
-        total = sum(p.numel() for p in self.model.parameters())
+        total = count_parameters(self.model)
         return min(1.0, (trained + (sum(embeddings.values()) if self.config.apex.trains == "half" else 0)) / total)
 
     def forward_and_backward(self, rows: int, length: int) -> dict[str, float]:
@@ -247,7 +248,7 @@ def measure(
     trained //= narrowing**2
     embedding: Any = model.get_input_embeddings()
     vocabulary = min(embedding.weight.shape[0], max(1, EMBEDDING // embedding.weight.shape[1]))
-    in_layers = [weights_in(layer) for layer in decoder_layers(model)[1]]
+    in_layers = [count_parameters(layer) for layer in decoder_layers(model)[1]]
     depth = len(in_layers) / layers
     if layers_differ(model):
         depth = sum(in_layers) / sum(in_layers[i] for i in layers_copied(model, layers))

@@ -16,6 +16,7 @@ from graftlm.files import read_json, write_json
 from graftlm.methods import make_method
 from graftlm.methods.base import Method
 from graftlm.models import check_vocabulary, load_model, load_skeleton, load_tokenizer
+from graftlm.parts import count_parameters
 from graftlm.reporting.report import make_report
 from graftlm.reporting.table import print_summary
 from graftlm.sharding import shard_model
@@ -121,7 +122,7 @@ def _train_one(config: RunConfig, *, resume: bool, lean: bool = False) -> dict[s
             planned = estimate(
                 config, model, found.blocks, tokens=found.tokens, evaluation_blocks=found.evaluation_blocks
             )
-    total_parameters = sum(p.numel() for p in model.parameters())
+    total_parameters = count_parameters(model)
     use_cache = model.config.use_cache
     model.config.use_cache = False  # packed documents are kept apart only without a cache
     with sharing_errors():

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graftlm.anatomy import decoder_layers
+from graftlm.parts import count_parameters
 
 LAYERS = 2
 """Layers of the copy: more would be no more exact, since each layer is timed where it runs, not by a difference."""
@@ -23,7 +24,7 @@ WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_va
 def layers_to_copy(model: PreTrainedModel) -> int:
     """How many layers a copy of `model` has."""
     layers = decoder_layers(model)[1]
-    return min(len(layers), LAYERS if max(map(weights_in, layers)) <= LARGE_LAYER else 1)
+    return min(len(layers), LAYERS if max(map(count_parameters, layers)) <= LARGE_LAYER else 1)
 
 
 def layers_copied(model: PreTrainedModel, count: int) -> list[int]:
@@ -32,17 +33,12 @@ def layers_copied(model: PreTrainedModel, count: int) -> list[int]:
     layers = decoder_layers(model)[1]
     if not layers_differ(model):
         return list(range(min(count, len(layers))))
-    return sorted(sorted(range(len(layers)), key=lambda i: -weights_in(layers[i]))[:count])
+    return sorted(sorted(range(len(layers)), key=lambda i: -count_parameters(layers[i]))[:count])
 
 
 def layers_differ(model: PreTrainedModel) -> bool:
     """Whether the model's class has layers of different shapes."""
     return bool(getattr(model.config.get_text_config(), "is_heterogeneous", False))
-
-
-def weights_in(layer: nn.Module) -> int:
-    """Parameters of one layer."""
-    return sum(p.numel() for p in layer.parameters())
 
 
 def narrow(model: PreTrainedModel, at_most: int) -> tuple[PreTrainedModel, int]:
@@ -53,7 +49,7 @@ def narrow(model: PreTrainedModel, at_most: int) -> tuple[PreTrainedModel, int]:
     if layers_differ(model):
         return model, 1
     text: Any = model.config.get_text_config()
-    weights = weights_in(decoder_layers(model)[1][0])
+    weights = count_parameters(decoder_layers(model)[1][0])
     widths = {name: getattr(text, name, None) or 1 for name in WIDTHS}
     times = 1
     while weights > at_most * times**2 and all(width % (4 * times) == 0 for width in widths.values()):

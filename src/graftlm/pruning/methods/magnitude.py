@@ -1,6 +1,6 @@
 """Control: the components with the smallest weights go first."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,11 +9,8 @@ from transformers import PreTrainedModel
 from graftlm.anatomy import Block
 from graftlm.importance import by_component
 from graftlm.parts import parts
-from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
-from graftlm.pruning.layer_sparsity import allocation
-from graftlm.pruning.prune import iterate
-from graftlm.pruning.settings import PruneSettings
-from graftlm.pruning.ways import iterations_of
+from graftlm.pruning.base import Batch
+from graftlm.pruning.prune import ranked_by
 
 
 @torch.no_grad()
@@ -30,9 +27,4 @@ def magnitude(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence
     return scores
 
 
-def prune(
-    model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
-) -> Pruned:
-    allocate = allocation(settings, uniform=True)
-    iterations = iterations_of(settings)
-    return iterate(model, settings, calibration, heard, measure=magnitude, allocate=allocate, iterations=iterations)
+prune = ranked_by(magnitude)

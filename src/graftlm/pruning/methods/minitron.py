@@ -12,19 +12,16 @@ that stay, which has nothing to work on where whole groups go. The distillation 
 shrink's `distillation`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from graftlm.anatomy import Block
-from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
+from graftlm.pruning.base import Batch
 from graftlm.pruning.inputs import watch_inputs
-from graftlm.pruning.layer_sparsity import allocation
-from graftlm.pruning.prune import iterate
-from graftlm.pruning.settings import PruneSettings
-from graftlm.pruning.ways import iterations_of
+from graftlm.pruning.prune import ranked_by
 
 
 def activation(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -45,9 +42,4 @@ def activation(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequenc
     }
 
 
-def prune(
-    model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
-) -> Pruned:
-    allocate = allocation(settings, uniform=True)
-    iterations = iterations_of(settings)
-    return iterate(model, settings, calibration, heard, measure=activation, allocate=allocate, iterations=iterations)
+prune = ranked_by(activation)

@@ -8,10 +8,8 @@ from transformers import PreTrainedModel
 
 from graftlm.anatomy import Block
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
-from graftlm.pruning.layer_sparsity import allocation
-from graftlm.pruning.prune import iterate
+from graftlm.pruning.prune import ranked_by
 from graftlm.pruning.settings import PruneSettings
-from graftlm.pruning.ways import iterations_of
 
 
 def prune(
@@ -22,6 +20,4 @@ def prune(
     def measure(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch]) -> dict[str, Tensor]:
         return {block.name: torch.rand(block.components, generator=generator) for block in blocks}
 
-    allocate = allocation(settings, uniform=True)
-    iterations = iterations_of(settings)
-    return iterate(model, settings, calibration, heard, measure=measure, allocate=allocate, iterations=iterations)
+    return ranked_by(measure)(model, settings, calibration, heard)

@@ -10,6 +10,7 @@ everything else (theirs keeps the last basis whole unless `do_slice_head`), the 
 and padding does not count. Heads and channels stay as they are.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -153,19 +154,14 @@ def parameters_at(config: PretrainedConfig, width: int) -> int:
 
 def _width(config: PretrainedConfig, wanted: int) -> int:
     """The largest hidden size with which the sliced model has at most `wanted` parameters."""
-    low, high = 0, int(config.hidden_size)  # parameters grow with the width: what is looked for is in low..high
-    while low < high:
-        middle = (low + high + 1) // 2
-        if parameters_at(config, middle) <= wanted:
-            low = middle
-        else:
-            high = middle - 1
-    if not low:
+    widths = range(1, int(config.hidden_size) + 1)  # parameters grow with the width
+    width = bisect_right(widths, wanted, key=lambda one: parameters_at(config, one))
+    if not width:
         raise UserError(
             f"prune: slicegpt leaves {parameters_at(config, 1):,} parameters at a hidden size of 1, more than the "
             f"{wanted:,} asked for; ask for more"
         )
-    return low
+    return width
 
 
 def _sliced_config(config: PretrainedConfig, width: int) -> PretrainedConfig:

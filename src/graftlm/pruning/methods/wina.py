@@ -6,7 +6,7 @@ We differ: one score a component (the sum over the columns of the output project
 column, and only the output projections are looked at.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,12 +14,9 @@ from transformers import PreTrainedModel
 
 from graftlm.anatomy import Block
 from graftlm.importance import by_component
-from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
+from graftlm.pruning.base import Batch
 from graftlm.pruning.inputs import column_norms, watch_inputs
-from graftlm.pruning.layer_sparsity import allocation
-from graftlm.pruning.prune import iterate
-from graftlm.pruning.settings import PruneSettings
-from graftlm.pruning.ways import iterations_of
+from graftlm.pruning.prune import ranked_by
 
 
 def wina(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -39,9 +36,4 @@ def wina(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batc
     return scores
 
 
-def prune(
-    model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
-) -> Pruned:
-    allocate = allocation(settings, uniform=True)
-    iterations = iterations_of(settings)
-    return iterate(model, settings, calibration, heard, measure=wina, allocate=allocate, iterations=iterations)
+prune = ranked_by(wina)

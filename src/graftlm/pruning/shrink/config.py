@@ -204,7 +204,7 @@ def _training(settings: ShrinkConfig, name: str) -> RunConfig:
         raise UserError(
             f"{where}train.save_total_limit: each phase goes on from a checkpoint of the last; give 1 or more"
         )
-    step = run.per_device_train_batch_size * run.gradient_accumulation_steps * run.max_length
+    step = run.sequences_per_step * run.max_length
     steps = settings.max_steps or math.ceil((settings.tokens or 0) / step)
     kwargs = run.lr_scheduler_kwargs
     if run.lr_scheduler_type == WSD:

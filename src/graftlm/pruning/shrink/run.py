@@ -6,7 +6,6 @@ training goes on from its last checkpoint.
 
 import dataclasses
 import gc
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +48,11 @@ FREE = {
 """What may differ when a shrink goes on, without changing a weight."""
 
 
-def shrink(path: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None) -> dict[str, Any]:
-    """Shrink as the config in `path` says, or go on with it; returns summary.json.
+def run_shrink(task: Shrink, *, console: Console | None = None) -> dict[str, Any]:
+    """Shrink as `task` says, or go on with it; returns summary.json. A finished one is left as it is.
 
     Raises UserError for anything a person can mend; what was finished before stays.
     """
-    return run_shrink(load_shrink(path, overrides), console=console)
-
-
-def run_shrink(task: Shrink, *, console: Console | None = None) -> dict[str, Any]:
-    """`shrink`, of a config that has been read. A finished one is left as it is."""
     given, console = console, console or Console(stderr=True)
     check_optimizer(task.run)
     folder = task.folder

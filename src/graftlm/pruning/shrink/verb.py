@@ -2,9 +2,9 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from graftlm.arguments import split_words
 from graftlm.errors import UserError
 
 
@@ -26,8 +26,7 @@ def add_verb(verb: Callable[..., Any]) -> None:
 
 
 def shrink(args: argparse.Namespace) -> None:
-    files = [word for word in args.settings if "=" not in word or Path(word).is_file()]
-    overrides = [word for word in args.settings if word not in files]
+    files, overrides = split_words(args.settings)
     if len(files) != 1:
         raise UserError(f"shrink: {len(files)} config files given; give one CONFIG.yaml, and settings as KEY=VALUE")
     from graftlm.pruning.shrink.config import load_shrink

@@ -66,7 +66,7 @@ def _dynamic(config: RunConfig, sources: Sequence[SourceBlocks], held: Sequence[
     weights = [
         float(size.sum()) if one.weight is None else one.weight for one, size in zip(config.data, sizes, strict=True)
     ]
-    step = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
+    step = config.sequences_per_step * world_size()
     blocks_of = [source.train for source in sources]
     return DynamicBlocks(blocks_of, sizes, weights, config.max_steps * step, config.seed, held_out)
 
