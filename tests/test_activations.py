@@ -356,3 +356,10 @@ def test_a_pass_that_fails_is_as_if_it_had_not_been():
     assert recorder.notes == [] and set(recorder.samples.values()) == {0}
     model(**batches(1)[0])
     assert set(recorder.samples.values()) == {2}
+
+
+def test_looking_makes_no_logits_of_all_tokens():
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[:2]))
+    recorder_of(model).run(batches(2, rows=3, length=12))
+    assert seen == [(3, 1)] * 2

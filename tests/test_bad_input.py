@@ -70,6 +70,7 @@ ONLY_DATA = ("eval_data=[]", "eval_fraction=0")
         ("apex.trains=tiny", "full, half, small"),
         ("lr_scheduler_type=cosin", "cosin"),
         ("optim=adamm", "adamm"),
+        ("attn_implementation=flash_attention_2", "flash_attention_2 computes in 16 bits only; set bf16: true"),
         ("seed=-1", "seed: -1 must be from 0 to 4294967295"),
         ("lr_scheduler_type=warmup_stable_decay", "warmup_stable_decay with no lr_scheduler_kwargs"),
         ("lr_scheduler_type=cosine_with_min_lr", "cosine_with_min_lr with no lr_scheduler_kwargs"),

@@ -16,6 +16,7 @@ from graftlm.training.arguments import check_optimizer
 from graftlm.training.estimates import estimate, remedies
 from graftlm.training.plan import plan
 from graftlm.training.run import train as train_run
+from graftlm.training.run import train_one
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
@@ -92,6 +93,20 @@ def test_refused_before_data_is_read(tmp_path, monkeypatch, check, optim, messag
     with pytest.raises(UserError, match=message):
         check(tiny_config(tmp_path, optim=optim))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_32bit"])
+def test_a_split_takes_no_state_that_cannot_be_taken_along(tmp_path, optim):
+    with pytest.raises(UserError, match=f"apex.start: split takes .* that of {optim} does not allow"):
+        train_run(tiny_config(tmp_path, optim=optim, apex={"start": "split"}))
+
+
+def test_a_gpu_without_bfloat16_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(UserError, match="bf16: Tesla T4 computes no bfloat16"):
+        train_one(tiny_config(tmp_path, bf16=True))
 
 
 def test_what_to_change_has_numbers(tmp_path):
