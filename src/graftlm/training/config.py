@@ -291,7 +291,7 @@ class RunConfig:
             raise UserError("apex.stage_by: a phase is shorter than an epoch may be; use steps or tokens")
         if "flash" in (self.attn_implementation or "") and self.dtype == "float32" and not self.bf16:
             raise UserError(
-                f"attn_implementation: {self.attn_implementation} computes in 16 bits only; set bf16: true, or take sdpa"
+                f"attn_implementation: {self.attn_implementation} computes in 16 bits only; set bf16: true, or use sdpa"
             )
         if self.distillation.teacher is not None:
             self._check_distillation()
