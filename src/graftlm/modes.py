@@ -1,8 +1,9 @@
-"""Running a model as it is, without training it."""
+"""How a model is run: without training it, in mixed precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from graftlm.sharding import reshard
@@ -19,3 +20,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         model.train(was_training)
         reshard(model)
+
+
+def mixed(model: nn.Module, bf16: bool) -> torch.autocast:
+    """The autocast of a run with `bf16`, where `model` lies."""
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16)

@@ -28,10 +28,11 @@ def _curves(summary: dict[str, Any], x: Literal["tokens", "seconds"], path: Path
         return None
     made = figure(f"Held-out loss against {x}", note="Means over seeds, at each arm's chosen learning rate.")
     axes, colour = made.subplots(), _colours(summary)
+    dashed = dashes(colour)
     for arm in arms:
-        curve = arm["curve"]
-        axes.plot(curve[x], curve["loss"], color=colour[arm["name"]], linestyle=dashes(colour)[arm["name"]], marker="o",
-                  markersize=3.5, linewidth=2.4 if arm["matched"] is None else 1.6, label=arm["name"])  # fmt: skip
+        curve, name = arm["curve"], arm["name"]
+        axes.plot(curve[x], curve["loss"], color=colour[name], linestyle=dashed[name], marker="o", markersize=3.5,
+                  linewidth=2.4 if arm["matched"] is None else 1.6, label=name)  # fmt: skip
     style(axes, xlabel=XLABELS[x], ylabel="loss (nats per token)")
     if x == "tokens":
         count_axis(axes)
@@ -50,16 +51,16 @@ def _needed(summary: dict[str, Any], control: str, path: Path) -> Path | None:
     )
     axes = made.subplots()
     colour = _colours(summary)
+    dashed = dashes(colour)
     for one in losses:
         axes.plot(curve["multiples"], one, color=colour[control], alpha=0.3, linewidth=0.9)
     axes.plot(curve["multiples"], losses.mean(axis=0), color=colour[control], marker="o", linewidth=2.4, label=control)
     for arm in arms:
-        name = f"{arm['name']}: {arm['needed']['text']} ×"
+        name = arm["name"]
         # Over the seeds that the curve has, as the figure in the legend.
         loss = np.mean([one for seed, one in arm["loss"]["by_seed"].items() if seed in curve["losses"]])
-        axes.axhline(
-            float(loss), color=colour[arm["name"]], linestyle=dashes(colour)[arm["name"]], linewidth=1.6, label=name
-        )
+        label = f"{name}: {arm['needed']['text']} ×"
+        axes.axhline(float(loss), color=colour[name], linestyle=dashed[name], linewidth=1.6, label=label)
     axes.set_xscale("log")
     axes.set_xticks(curve["multiples"], [f"{multiple:g}" for multiple in curve["multiples"]])
     axes.minorticks_off()

@@ -19,28 +19,21 @@ def write_outputs(folder: Path, summary: dict[str, Any]) -> list[Path]:
         f"{len(summary['arms'])} arms, seeds {', '.join(map(str, summary['seeds']))}; runs of one seed see the same "
         "tokens in the same order. The control is plain training with the same schedule."
     )
-    return write_files(
-        folder,
-        summary,
-        title=headline(summary),
-        intro=intro,
-        shown=tables(summary),
-        csv_lines=csv_text(summary),
-        plots=lambda: [Plot(alt(path), inline(path)) for path in draw(summary, folder / "plots")],
-    )
+    return write_files(folder, summary, headline(summary), intro, tables(summary), csv_text(summary), draw, alt)
 
 
 def write_files(
     folder: Path,
     summary: dict[str, Any],
-    *,
     title: str,
     intro: str,
     shown: Sequence[Table],
     csv_lines: str,
-    plots: Callable[[], Sequence[Plot]],
+    draw: Callable[[dict[str, Any], Path], Sequence[Path]],
+    alt: Callable[[Path], str],
 ) -> list[Path]:
-    """comparison.json, .csv, .tex and report.html of any comparison; returns them. plots: draws them, last of all."""
+    """comparison.json, .csv, .tex and report.html of any comparison; returns them. draw: makes its plots in a folder,
+    when all numbers are written; alt: says what one of them shows."""
     write_json(folder / "comparison.json", summary)
     write_text(folder / "comparison.csv", csv_lines)
     write_text(folder / "comparison.tex", latex_of(shown))
@@ -49,7 +42,7 @@ def write_files(
         "intro": intro,
         "folder": str(folder),
         "summary": summary,
-        "plots": plots(),
+        "plots": [Plot(alt(path), inline(path)) for path in draw(summary, folder / "plots")],
         "tables": shown,
         "versions": yaml.safe_dump(summary["versions"], sort_keys=False) if summary["versions"] else "",
     }

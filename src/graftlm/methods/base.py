@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from graftlm.modes import mixed
+
 if TYPE_CHECKING:
     from graftlm.training.config import RunConfig
 
@@ -40,8 +42,7 @@ class Method:
 
     def mixed(self) -> torch.autocast:
         """The autocast that the run trains under. Not for decompositions: their products would be of bfloat16."""
-        device = next(self.model.parameters()).device
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16)
+        return mixed(self.model, self.config.bf16)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """In the place of `look` in a resumed run: what `state_dict` gave. The checkpoint's weights are loaded after

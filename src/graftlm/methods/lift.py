@@ -149,7 +149,7 @@ class Lift(Method):
     # -- the contract -------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        if self.settings.interval and ("8bit" in self.config.optim or "paged" in self.config.optim):
+        if self.settings.interval and not self.config.state_moves:
             raise UserError(
                 f"lift.interval: the state of optim: {self.config.optim} cannot move with its entries; set it to 0, or "
                 "optim: adamw_torch"

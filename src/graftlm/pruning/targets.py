@@ -13,7 +13,7 @@ from torch import nn
 
 from graftlm.anatomy import KINDS, Block, Kind
 from graftlm.errors import UserError
-from graftlm.parts import component_cost, count_parameters
+from graftlm.parts import component_cost, count_parameters, layer_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks
 from graftlm.pruning.ways import WAYS
@@ -129,9 +129,22 @@ def asked_parameters(model: nn.Module, settings: PruneSettings) -> int:
 
 def check_size(model: nn.Module, settings: PruneSettings) -> None:
     """Raise UserError for a size that `model` cannot be pruned to, as far as its shapes tell."""
-    asked_parameters(model, settings)
+    wanted = asked_parameters(model, settings)
     if WAYS[settings.method].components:
         find_target(model, settings, uniform=bool(settings.uniform))
+    elif settings.method == "shortgpt" and settings.exact:
+        _check_layers(model, wanted)
+
+
+def _check_layers(model: nn.Module, wanted: int) -> None:
+    """Raise UserError where so few parameters are less than one layer leaves."""
+    sizes = layer_parameters(model)
+    least = count_parameters(model) - sum(sizes) + min(sizes)
+    if wanted < least:
+        raise UserError(
+            f"prune: shortgpt keeps one layer at least, which leaves {least:,} parameters, above the {wanted:,} asked "
+            "for; ask for more"
+        )
 
 
 def find_target(model: nn.Module, settings: PruneSettings, *, uniform: bool, biases: int = 0) -> Target:

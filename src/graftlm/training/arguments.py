@@ -73,8 +73,7 @@ def check_optimizer(config: RunConfig) -> None:
     eight_bit = "8bit" in config.optim or config.optim.startswith(("paged_", "ademamix", "lion", "rmsprop_bnb"))
     if eight_bit and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"optim: {config.optim} needs bitsandbytes; pip install bitsandbytes, or use adamw_torch")
-    splits = config.method == "apex" and config.apex.start == "split"
-    if splits and ("8bit" in config.optim or "paged" in config.optim):
+    if config.method == "apex" and config.apex.start == "split" and not config.state_moves:
         raise UserError(
             f"optim: apex.start: split takes optimizer state along with the weights, which that of {config.optim} does "
             "not allow; use adamw_torch, or apex.start: zero"

@@ -249,6 +249,16 @@ class RunConfig:
         """Of one process, in an optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    @property
+    def state_moves(self) -> bool:
+        """Whether entries of the optimizer's state can go along with those of the weights: not in 8 bits, nor paged."""
+        return "8bit" not in self.optim and "paged" not in self.optim
+
+    @property
+    def flash_over_float32(self) -> bool:
+        """Flash attention, which computes in 16 bits only, of a model in float32: it runs under autocast alone."""
+        return "flash" in (self.attn_implementation or "") and self.dtype == "float32"
+
     def __post_init__(self) -> None:
         if not self.data:
             raise UserError("data: no source given; name a file, a folder, or hub:OWNER/NAME")
@@ -289,7 +299,7 @@ class RunConfig:
             raise UserError(f"phase: {self.method} keeps state that no phase can begin with; use method apex or full")
         if self.phase is not None and self.apex.stage_by == "epochs" and self.method == "apex":
             raise UserError("apex.stage_by: a phase is shorter than an epoch may be; use steps or tokens")
-        if "flash" in (self.attn_implementation or "") and self.dtype == "float32" and not self.bf16:
+        if self.flash_over_float32 and not self.bf16:
             raise UserError(
                 f"attn_implementation: {self.attn_implementation} computes in 16 bits only; set bf16: true, or use sdpa"
             )

@@ -83,7 +83,7 @@ def estimate(
     rows = config.per_device_train_batch_size
     epoch_steps = steps_per_epoch(config, blocks, layout.processes)
     steps = total_steps(config, epoch_steps)
-    per_step = rows * config.gradient_accumulation_steps * layout.processes
+    per_step = config.sequences_per_step * layout.processes
     process_bytes = process_memory(model)
     copied = layers_to_copy(model)
     ready = prepared(config, model, steps or UNKNOWN_STEPS)

@@ -36,6 +36,7 @@ def _perplexity(summary: dict[str, Any], text: str, path: Path) -> Path | None:
         return None
     names = list(dict.fromkeys(row["name"] for row in rows))
     colour = _palette(summary)
+    dashed = dashes(colour)
     made = figure(
         f"Word perplexity on {text} against parameters",
         note=f"{summary['measured']}. Small dots are trials, lines go through their means; lower and further left is "
@@ -48,7 +49,7 @@ def _perplexity(summary: dict[str, Any], text: str, path: Path) -> Path | None:
         own = [row for row in rows if row["name"] == name]
         points = sorted((row["parameters"]["mean"], row["perplexity"][text]["word"]["mean"]) for row in own) + start
         label = name + (" (control)" if name == summary["control"] else "")
-        line: dict[str, Any] = {"color": colour[name], "linestyle": dashes(colour)[name], "linewidth": 1.8}
+        line: dict[str, Any] = {"color": colour[name], "linestyle": dashed[name], "linewidth": 1.8}
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=5, label=label, **line)
         for row in own:
             for seed, value in row["perplexity"][text]["word"]["by_seed"].items():

@@ -7,7 +7,6 @@ from graftlm.comparing.pruning.plots import alt, draw
 from graftlm.comparing.pruning.tables import csv_text, perplexity, tables
 from graftlm.comparing.report import write_files
 from graftlm.comparing.statistics import TOO_FEW
-from graftlm.reporting.page import Plot, inline
 
 
 def write_outputs(folder: Path, summary: dict[str, Any]) -> list[Path]:
@@ -17,15 +16,7 @@ def write_outputs(folder: Path, summary: dict[str, Any]) -> list[Path]:
         f"{variants} ways of pruning, trials {', '.join(map(str, summary['seeds']))}; variants of one trial draw the "
         f"same calibration sequences. Ratios are to {summary['control']}."
     )
-    return write_files(
-        folder,
-        summary,
-        title=headline(summary),
-        intro=intro,
-        shown=tables(summary),
-        csv_lines=csv_text(summary),
-        plots=lambda: [Plot(alt(path), inline(path)) for path in draw(summary, folder / "plots")],
-    )
+    return write_files(folder, summary, headline(summary), intro, tables(summary), csv_text(summary), draw, alt)
 
 
 def headline(summary: dict[str, Any]) -> str:

@@ -11,14 +11,13 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
-from graftlm.anatomy import decoder_layers
-from graftlm.errors import UserError
-from graftlm.parts import count_parameters
+from graftlm.parts import layer_parameters
 from graftlm.pruning.base import Calibration, Pruned, PruneStep
 from graftlm.pruning.layer_importance import layer_importance
 from graftlm.pruning.one_step import Before, check_widths, kept_as_published, pruned_from, wanted_parameters
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_layers, prunable_blocks
+from graftlm.pruning.targets import check_size
 
 
 def prune(
@@ -26,12 +25,10 @@ def prune(
 ) -> Pruned:
     before, wanted = Before.of(model), wanted_parameters(model, settings)
     check_widths(model, settings)
-    if settings.exact:
-        check_layers(model, wanted)
+    check_size(model, settings)
     # Ranked, block influence is the importance of layers of Adapt-Pruner: that is it minus the mean, scaled.
     influence = layer_importance(model, calibration(0), settings.similarity)
-    _, layers = decoder_layers(model)
-    sizes = [count_parameters(layer) for layer in layers]
+    sizes = layer_parameters(model)
     left, stay = before.parameters, set(range(len(sizes)))
     count = kept_as_published(len(sizes), settings)
     for index in influence.argsort(stable=True).tolist():
@@ -53,14 +50,3 @@ def prune(
     model = keep_layers(model, ids)
     importance = tuple(influence.tolist())
     return pruned_from(before, model, settings, kept, heard, layer_importance=importance, notes=(note,))
-
-
-def check_layers(model: PreTrainedModel, wanted: int) -> None:
-    """Raise UserError where so few parameters are less than one layer leaves."""
-    sizes = [count_parameters(layer) for layer in decoder_layers(model)[1]]
-    least = count_parameters(model) - sum(sizes) + min(sizes)
-    if wanted < least:
-        raise UserError(
-            f"prune: shortgpt keeps one layer at least, which leaves {least:,} parameters, above the {wanted:,} asked "
-            "for; ask for more"
-        )

@@ -17,6 +17,7 @@ from graftlm.files import atomic_folder, read_json, write_json
 from graftlm.fused_loss import fused_where_it_fits
 from graftlm.held_out import mean_loss
 from graftlm.models import load_model, load_skeleton, load_tokenizer
+from graftlm.modes import mixed
 from graftlm.parts import count_parameters
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.calibration import calibration_from
@@ -71,8 +72,7 @@ def prune_phase(
     run = shrink.run
     name = str(before.trained) if before else run.model
     # Importance is measured in the weights' own dtype, and in 32 bits flash attention has no kernel.
-    exact = run.dtype == "float32" and "flash" in (run.attn_implementation or "")
-    attention = "sdpa" if exact else run.attn_implementation
+    attention = "sdpa" if run.flash_over_float32 else run.attn_implementation
     how: dict[str, Any] = {"attn_implementation": attention, "trust_remote_code": run.trust_remote_code}
     model = load_model(name, dtype=run.dtype, **how)
     tokenizer = load_tokenizer(name, chat_template=run.chat_template, trust_remote_code=run.trust_remote_code)
@@ -188,7 +188,6 @@ class _Losses:
     def _on(self, data: Any, model: PreTrainedModel) -> float:
         size, count = self._run.per_device_eval_batch_size, len(data)
         batches = (self.data.collator([data[i] for i in range(s, min(s + size, count))]) for s in range(0, count, size))
-        bf16 = torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=self._run.bf16)
         # As training is evaluated where it can be: without a table of all logits.
-        with fused_where_it_fits(model, wanted=self._run.fused_loss is not False), bf16:
+        with fused_where_it_fits(model, wanted=self._run.fused_loss is not False), mixed(model, self._run.bf16):
             return mean_loss(model, batches)

@@ -18,7 +18,6 @@ from graftlm.files import locked, plain_disk_errors, read_json, remove_unfinishe
 from graftlm.models import load_model, load_tokenizer
 from graftlm.parts import count_parameters, layer_parameters
 from graftlm.pruning.base import PruneStep
-from graftlm.pruning.methods.shortgpt import check_layers
 from graftlm.pruning.saving import save_pruned
 from graftlm.pruning.shapes import shapes_of
 from graftlm.pruning.shrink.card import shrunk_card
@@ -101,8 +100,6 @@ def plan_phases(task: Shrink) -> dict[str, Any]:
         schedule=task.settings.schedule,
         shares=task.settings.shares,
     )
-    if task.prune.method == "shortgpt":  # now rather than when all phases but the last have been trained
-        check_layers(model, target)
     if len(phases) > 1 and task.prune.method in ONCE:
         raise UserError(f"prune.method: {task.prune.method} prunes a model only once; set interleaves: 1")
     if len(phases) > 1 and task.settings.keep_moments:
