@@ -43,9 +43,9 @@ def test_sum_and_gradients(data):
     for ours in (True, False):
         a, b = (t.clone().requires_grad_(name != frozen) for t, name in ((x, "hidden"), (w, "weight")))
         if ours:
-            old, fused_loss.LOGITS_AT_ONCE = fused_loss.LOGITS_AT_ONCE, 20 * vocabulary
+            old, fused_loss.LOGITS_AT_ONCE["cpu"] = fused_loss.LOGITS_AT_ONCE["cpu"], 20 * vocabulary
             loss = _LinearDistillation.apply(a, b, targets, tx, tw, Mixture(weight, heat, *caps))
-            fused_loss.LOGITS_AT_ONCE = old
+            fused_loss.LOGITS_AT_ONCE["cpu"] = old
         else:
             capped = [
                 z if cap is None else cap * torch.tanh(z / cap)
@@ -62,7 +62,7 @@ def test_sum_and_gradients(data):
 
 def test_in_a_model(monkeypatch):
     """Padding, several chunks, another teacher; and evaluation has the model's own loss."""
-    monkeypatch.setattr(fused_loss, "LOGITS_AT_ONCE", 3000)
+    monkeypatch.setitem(fused_loss.LOGITS_AT_ONCE, "cpu", 3000)
     model, teacher = tiny_model("llama"), tiny_model("gemma2")
     [batch] = batches(1)
     labels = batch["input_ids"].clone()

@@ -24,7 +24,7 @@ from graftlm.training.run import train
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Three tokens of tiny models at a time."""
-    monkeypatch.setattr(fused_loss, "LOGITS_AT_ONCE", 200)
+    monkeypatch.setitem(fused_loss.LOGITS_AT_ONCE, "cpu", 200)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -44,13 +44,13 @@ def test_sum_and_gradients(dtype, data):
     for ours in (True, False):
         a, b = (t.clone().requires_grad_(name != frozen) for t, name in ((x, "hidden"), (w, "weight")))
         if ours:
-            old, fused_loss.LOGITS_AT_ONCE = fused_loss.LOGITS_AT_ONCE, 4 * vocabulary
+            old, fused_loss.LOGITS_AT_ONCE["cpu"] = fused_loss.LOGITS_AT_ONCE["cpu"], 4 * vocabulary
             try:
                 loss = linear_cross_entropy(a, b, targets, softcap)
                 with torch.no_grad():
                     torch.testing.assert_close(linear_cross_entropy(a, b, targets, softcap), loss.detach())
             finally:
-                fused_loss.LOGITS_AT_ONCE = old
+                fused_loss.LOGITS_AT_ONCE["cpu"] = old
         else:
             logits = F.linear(a, b).to(torch.promote_types(dtype, torch.float32))
             if softcap is not None:
@@ -125,12 +125,12 @@ def test_logits_never_exist_whole():
     FusedLoss(model)
     ids = batches(1, rows=4, length=32, vocab=4096)[0]["input_ids"]
     sizes = []
-    fused_loss_at_once, fused_loss.LOGITS_AT_ONCE = fused_loss.LOGITS_AT_ONCE, 8 * 4096
+    at_once, fused_loss.LOGITS_AT_ONCE["cpu"] = fused_loss.LOGITS_AT_ONCE["cpu"], 8 * 4096
     try:
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     finally:
-        fused_loss.LOGITS_AT_ONCE = fused_loss_at_once
+        fused_loss.LOGITS_AT_ONCE["cpu"] = at_once
     sizes = [event.cpu_memory_usage for event in profile.events()]
     head = model.lm_head.weight.numel() * 4
     assert 0 < max(sizes) <= 2 * head < ids.numel() * 4096 * 4

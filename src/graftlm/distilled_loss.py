@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from graftlm import fused_loss
 from graftlm.errors import UserError
-from graftlm.fused_loss import IGNORED, FusedLoss, unfit
+from graftlm.fused_loss import IGNORED, FusedLoss, logits_at_once, unfit
 
 NOT_THE_TEACHERS = ("labels", "shift_labels", "num_items_in_batch", "use_cache")
 TABLES = 4
-"""Of logits' size that are alive at a time, for each of the two that LOGITS_AT_ONCE allows for."""
+"""Of logits' size that are alive at a time, for each of the two that fused_loss.LOGITS_AT_ONCE allows for."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class _LinearDistillation(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden) if wanted[0] else None
         to_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
         total = hidden.new_zeros((), dtype=wide)
-        rows = max(1, fused_loss.LOGITS_AT_ONCE // len(weight) // TABLES)
+        rows = max(1, logits_at_once(weight.device.type) // len(weight) // TABLES)
         parts = (tensor.split(rows) for tensor in (hidden, targets, teacher_hidden))
         with torch.autocast(hidden.device.type, enabled=False):
             for place, (x, y, seen) in enumerate(zip(*parts, strict=True)):

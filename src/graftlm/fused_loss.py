@@ -20,9 +20,16 @@ from transformers import PreTrainedModel
 from graftlm.anatomy import FAMILIES, model_family
 from graftlm.errors import UserError
 
-LOGITS_AT_ONCE = 2**24
-"""Values of a chunk; two tables of as many are alive at a time."""
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
+"""Values of a chunk, by kind of device; two tables of as many are alive at a time. A CPU's caches want it small. On a
+GPU every chunk reads the whole LM head and rewrites its gradient, which takes longer than the products where a chunk
+has few tokens."""
 IGNORED = -100
+
+
+def logits_at_once(device_type: str) -> int:
+    """Values of a chunk on such a device."""
+    return LOGITS_AT_ONCE.get(device_type, LOGITS_AT_ONCE["cuda"])
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
@@ -49,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         to_weight = torch.zeros_like(weight, dtype=wide) if train and ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=wide)
         with torch.autocast(hidden.device.type, enabled=False):
-            rows = max(1, LOGITS_AT_ONCE // len(weight))
+            rows = max(1, logits_at_once(weight.device.type) // len(weight))
             for x, y, place in zip(hidden.split(rows), targets.split(rows), range(0, len(hidden), rows), strict=True):
                 logits = (x @ weight.t()).to(wide)  # [tokens of the chunk, V]
                 if softcap is not None:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from graftlm.apex import BATCH_BYTES
-from graftlm.fused_loss import LOGITS_AT_ONCE
+from graftlm.fused_loss import logits_at_once
 from graftlm.training.config import RunConfig
 from graftlm.training.costs import Held, gathered_share, reduced_share, weight_bytes
 from graftlm.training.layout import Layout, run_device
@@ -56,7 +56,7 @@ def _moments(config: RunConfig, held: Held, probe: Probe, layout: Layout, tokens
     """What is held beside weights, what APEX keeps, optimizer state and buckets, at each moment that may be fullest."""
     shards, gpu = layout.shards, layout.device == "cuda"
     fsdp2 = layout.strategy == "fsdp2"
-    most = LOGITS_AT_ONCE if probe.fused_loss else math.inf
+    most = logits_at_once(layout.device) if probe.fused_loss else math.inf
     logits = min(most, tokens * held.vocabulary) * FLOAT32
     evaluated = min(most, config.per_device_eval_batch_size * config.max_length * held.vocabulary) * FLOAT32
     evaluated = evaluated if config.eval_data or config.eval_fraction else 0
