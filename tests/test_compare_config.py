@@ -297,4 +297,20 @@ def test_a_single_document_cannot_be_halved(tmp_path):
     text.write_text("one text\n" * 50)
     with pytest.raises(UserError, match=r"base.eval_data: .*held_out.txt is a single document.*give selection_data"):
         load_comparison(path, [f"base.eval_data={text}"])
-    load_comparison(path, [f"base.eval_data={text}", f"base.selection_data={text}"])
+    load_comparison(path, [f"base.eval_data={text}", f"base.selection_data={path.parent / 'train.txt'}"])
+
+
+def test_learning_rates_are_not_chosen_on_what_is_reported(tmp_path):
+    path = write_comparison(tmp_path, learning_rates=[1e-3, 2e-3])
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("one text\n" * 50)
+
+    def halves(eval_half, selection_half):
+        parts = zip(("eval_data", "selection_data"), (eval_half, selection_half), strict=True)
+        return [f"base.{key}=[{{path: {held_out}, half: {half}}}]" for key, half in parts]
+
+    for given in (halves("null", "null"), halves("odd", "odd"), halves("null", "even")):
+        with pytest.raises(UserError, match=r"base.selection_data: .*held_out.txt is in eval_data, too"):
+            load_comparison(path, given)
+    load_comparison(path, halves("odd", "even"))
+    load_comparison(path, [*halves("null", "null"), "learning_rates=[]"])  # nothing is chosen

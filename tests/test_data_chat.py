@@ -1,10 +1,13 @@
 """The assistant mask covers exactly what the assistant says, its end-of-turn token included."""
 
+import datetime
+
 import pytest
 from test_data_support import CHATML, CHATML_MARKED, byte_tokenizer
 from transformers import ByT5Tokenizer
 
 from graftlm.errors import UserError
+from graftlm.training.data.cache import tokenizer_fingerprint
 from graftlm.training.data.chat import ChatEncoder
 from graftlm.training.data.formats import Conversation
 
@@ -64,6 +67,25 @@ def test_template_that_rewrites_earlier_turns_is_refused():
     )
     with pytest.raises(UserError, match=r"data\.jsonl:7.*generation"):
         encode(byte_tokenizer(rewriting), TURNS)
+
+
+def test_templates_that_write_the_date_do_not_depend_on_the_day():
+    """As those of Llama 3.2 do; and data prepared with another day's are not found in the cache."""
+    dated = "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{{ day + '/' }}{% endif %}"
+    for template in (CHATML, CHATML_MARKED):
+        tokenizer = byte_tokenizer("\n" + dated + template)
+        ids, mask = encode(tokenizer, TURNS)
+        assert tokenizer.decode(ids).startswith("\n26 Jul 2024/<|im_start|>")
+        assert supervised_runs(tokenizer, ids, mask) == WANTED
+        today = tokenizer.apply_chat_template(TURNS, tokenize=False)
+        assert len(today) == len(tokenizer.decode(ids)) and today.endswith(tokenizer.decode(ids)[20:])
+    before = tokenizer_fingerprint(tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graftlm.training.data.cache.TEMPLATE_DATE", datetime.datetime(2025, 1, 1))
+        assert tokenizer_fingerprint(tokenizer) != before
+        undated = byte_tokenizer(CHATML)
+        there = tokenizer_fingerprint(undated)
+    assert tokenizer_fingerprint(undated) == there
 
 
 def test_markers_without_end_of_turn_are_refused():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_runs import read_metrics, read_summary, write_chats, write_texts
 from transformers import TrainingArguments
 
-from graftlm.configuring import dump_yaml
+from graftlm.configuring import dump_yaml, load_config
 from graftlm.errors import UserError
 from graftlm.models import load_model
 from graftlm.training import distributed, run_trainer
@@ -238,6 +238,7 @@ def test_checkpoint_of_another_strategy_or_batch(folder, alone):
     larger = spread_config(folder, 1, "fsdp2", name="refused", save_steps=2, per_device_train_batch_size=8)
     (outcome,) = launch(folder / "logs", 1, many_processes.train, larger, True)
     assert "a step had 8 sequences and would now have 16" in outcome.told
+    assert load_config(folder / "refused" / "config.yaml").per_device_train_batch_size == 2  # it can go on as before
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 
 import lm_eval
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,8 +20,9 @@ from lm_eval.tasks import TaskManager
 from graftlm.errors import UserError
 from graftlm.evaluation.evaluate import evaluate_tasks, prepare_multiple_choice
 from graftlm.evaluation.request_cache import RequestCache
-from graftlm.evaluation.run import model_fingerprint, run_evaluation
+from graftlm.evaluation.run import _settings_fingerprint, model_fingerprint, run_evaluation
 from graftlm.evaluation.tasks import choose_questions, leaves, parse_tasks, prepare_tasks, stock_manager, write_task
+from graftlm.files import locked
 from graftlm.models import load_model, load_tokenizer, save_model
 
 
@@ -248,6 +251,73 @@ def test_a_context_that_is_too_short_or_too_long(model, tokenizer, data):
         evaluate_tasks(model, tokenizer, choosing, max_length=context + 1, progress=False)
 
 
+def test_prompts_that_are_cut_are_counted(model, tokenizer, tmp_path):
+    long = " ".join(f"word{i}" for i in range(40))
+    rows = [choice(long if i % 3 == 0 else "Who?", "us", "we") for i in range(9)]
+    prepared = prepare_multiple_choice(write(tmp_path, "own.jsonl", rows), "own")
+    longest = len(tokenizer.encode(f"Question: {long}\nAnswer: us"))
+    report = evaluate_tasks(model, tokenizer, prepared, max_length=longest - 2, progress=False)
+    (note,) = report["notes"]["own"]
+    assert note.startswith(f"6 of 18 prompts are longer than the context ({longest - 2} tokens")
+    whole = evaluate_tasks(model, tokenizer, prepared, max_length=longest - 1, progress=False)
+    assert whole["notes"] == {}
+    rows = [choice("Who?", "I", long)]
+    prepared = prepare_multiple_choice(write(tmp_path, "own.jsonl", rows), "own")
+    with pytest.raises(UserError, match="own: a choice is longer than the context of 20 tokens"):
+        evaluate_tasks(model, tokenizer, prepared, max_length=20, progress=False)
+
+
+def test_prompts_of_texts_to_be_written_are_counted_as_the_harness_cuts_them(model, tokenizer, data):
+    fits = max(
+        len(tokenizer.encode(request.args[0]))
+        for request in requests_of(prepare_tasks(parse_tasks(["gsm8k_cot:1"]), data_dir=data))
+    )
+    for room, notes in ((fits, {}), (fits - 1, {"gsm8k_cot"})):
+        prepared = prepare_tasks(parse_tasks(["gsm8k_cot:1"]), data_dir=data)
+        report = evaluate_tasks(model, tokenizer, prepared, max_length=256 + room, progress=False)
+        assert set(report["notes"]) == set(notes)
+
+
+def requests_of(prepared):
+    (task,) = prepared.built["gsm8k_cot"]
+    task.set_fewshot_seed(1234)
+    task.build_all_requests(limit=None, rank=0, world_size=1)
+    return task.instances
+
+
+def test_shots_of_a_group_are_those_that_were_asked_for(data, monkeypatch):
+    """A group may set its tasks' shots itself: what was asked for wins, but for tasks that are defined with none."""
+    asked = parse_tasks(["arc_easy:2"])
+    load = TaskManager.load
+    for told, expected in ((25, 2), (0, 0)):
+
+        def inline(self, names, told=told):
+            loaded = load(self, names)
+            for task in loaded["tasks"].values():
+                task.set_config("num_fewshot", told)
+            return loaded
+
+        monkeypatch.setattr(TaskManager, "load", inline)
+        (task,) = prepare_tasks(asked, data_dir=data).built["arc_easy"]
+        assert task.get_config("num_fewshot") == expected
+
+
+def test_tasks_that_shuffle_as_they_are_loaded_do_it_as_the_harness_does(data, monkeypatch):
+    load, drawn = TaskManager.load, []
+
+    def noted(self, names):
+        drawn.append((random.random(), float(np.random.rand()), torch.rand(()).item()))
+        return load(self, names)
+
+    monkeypatch.setattr(TaskManager, "load", noted)
+    for _ in range(2):
+        prepare_tasks(parse_tasks(["arc_easy"]), data_dir=data)
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
+    assert set(drawn) == {(random.random(), float(np.random.rand()), torch.rand(()).item())}
+
+
 # --- going on --------------------------------------------------------------------------------------------------------
 
 WORK = ["arc_easy", "gsm8k_cot:1", "wikitext"]
@@ -310,6 +380,21 @@ def test_a_place_that_cannot_be_written_is_said_first(tmp_path):
     for out, says in [(tmp_path, "is a folder; name a file in it"), (tmp_path / "file" / "o.json", "cannot write")]:
         with pytest.raises(UserError, match=says):
             run_evaluation("no/such/model", out, tasks=["arc_easy"])
+
+
+def test_two_evaluations_do_not_write_the_same_file(saved, data, tmp_path):
+    out = tmp_path / "out.json"
+    with locked(tmp_path, ".out.json.lock"), pytest.raises(UserError, match=r"another evaluation is writing out\.json"):
+        run_evaluation(str(saved), out, tasks=["arc_easy"], data_dir=data, progress=False)
+    run_evaluation(str(saved), out, tasks=["arc_easy"], data_dir=data, limit=1, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_answers_of_a_model_with_another_config_are_not_taken(saved):
+    one, other = load_model(str(saved)), load_model(str(saved))
+    assert _settings_fingerprint(one) == _settings_fingerprint(other)
+    other.config.rope_parameters = {**other.config.rope_parameters, "rope_theta": 1e6}
+    assert _settings_fingerprint(one) != _settings_fingerprint(other)
 
 
 def test_a_refused_evaluation_leaves_nothing(data, tmp_path):

@@ -67,6 +67,23 @@ def test_settings_of_the_model_do_not_leak_into_greedy_writing(model, tokenizer,
     assert generate_text(model, tokenizer, "Hello", max_new_tokens=12, stream=False) == expected
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_but_the_temperature_changes_what_is_likely(model, tokenizer, temperature, recwarn):
+    """Penalties and cuts of the model's own, and transformers' default of the best 50, would."""
+    seen = []
+    model.generation_config.update(repetition_penalty=2.0, top_k=3, top_p=0.5, no_repeat_ngram_size=2)
+    prepare = model._get_logits_processor
+
+    def noted(*args, **kwargs):
+        seen.append(prepare(*args, **kwargs))
+        return seen[-1]
+
+    model._get_logits_processor = noted
+    generate_text(model, tokenizer, "Hello", max_new_tokens=3, temperature=temperature, stream=False)
+    assert [type(one).__name__ for one in seen[0]] == []
+    assert not list(recwarn)
+
+
 def test_temperature_samples(model, tokenizer):
     texts = set()
     for seed in range(3):

@@ -22,7 +22,29 @@ from graftlm.errors import UserError
 from graftlm.files import locked
 from graftlm.models import load_tokenizer
 from graftlm.training import run
+from graftlm.training.checkpoints import STATE_FILE, list_checkpoints
 from graftlm.training.data import cache, prepare_data
+
+
+def test_a_folder_that_is_removed_is_whole_or_gone(tmp_path, monkeypatch):
+    """Killed while its files go, it has lost its name already, and what is left is cleared away."""
+    checkpoints = tmp_path / "checkpoints"
+    for step in ("step-2", "step-4", "step-10", "step-2.bad"):
+        (checkpoints / step).mkdir(parents=True)
+        (checkpoints / step / STATE_FILE).write_text("{}")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-2", "step-4", "step-10"]
+
+    def killed(path):
+        (path / STATE_FILE).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.shutil, "rmtree", killed)
+        files.remove_folder(checkpoints / "step-4")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-2", "step-10"]
+    files.remove_unfinished(checkpoints)
+    files.remove_folder(checkpoints / "step-2")
+    assert {path.name for path in checkpoints.iterdir()} == {"step-10", "step-2.bad"}
 
 
 @pytest.mark.parametrize("function", [run.train, run.train_one])

@@ -12,7 +12,7 @@ from tiny_runs import tiny_config
 from graftlm.checkpointing import load_optimizer, save_optimizer
 from graftlm.errors import UserError
 from graftlm.models import load_model
-from graftlm.training.arguments import check_optimizer
+from graftlm.training.arguments import check_settings
 from graftlm.training.estimates import estimate, remedies
 from graftlm.training.plan import plan
 from graftlm.training.run import train as train_run
@@ -83,7 +83,7 @@ def test_the_plan_counts_their_bytes(tmp_path):
         ("adamw_torch_8bit", "cannot be kept in a checkpoint; use adamw_8bit"),
         ("adamw_9bit", "is no optimizer of transformers; try adamw_8bit"),
         ("galore_adamw", "asks for optim_target_modules, which no key sets"),
-        ("schedule_free_adamw", "needs schedulefree, which is not installed"),
+        ("stable_adamw", "needs optimi, which is not installed"),
     ],
 )
 def test_refused_before_data_is_read(tmp_path, monkeypatch, check, optim, message):
@@ -143,6 +143,36 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch):
         train_run(tiny_config(tmp_path, max_length=256, per_device_train_batch_size=8, gradient_accumulation_steps=1))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optim": "schedule_free_adamw"}, "optim: schedule_free_adamw is measured and saved at other weights"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: reduce_lr_on_plateau follows evaluations"),
+        ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type: greedy follows evaluations"),
+    ],
+)
+def test_what_this_trainer_does_not_do(changes, words, tmp_path):
+    for refused in (plan, train_run):
+        with pytest.raises(UserError, match=words):
+            refused(tiny_config(tmp_path, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_decay_that_is_longer_than_the_run(tmp_path):
+    told = {"lr_scheduler_type": "warmup_stable_decay", "warmup_ratio": 0.2}
+    with pytest.raises(UserError, match="num_decay_steps: 5 and 2 steps of warmup are more than the run's 6"):
+        train_run(tiny_config(tmp_path, max_steps=6, lr_scheduler_kwargs={"num_decay_steps": 5}, **told))
+    train_run(tiny_config(tmp_path / "fits", max_steps=6, lr_scheduler_kwargs={"num_decay_steps": 4}, **told))
+
+
+def test_bfloat16_that_is_emulated_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old card")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(UserError, match="bf16: an old card computes no bfloat16"):
+        check_settings(tiny_config(tmp_path, bf16=True))
+
+
 def test_names_that_are_known_pass(tmp_path):
     for optim in ("adamw_torch", "adamw_torch_fused", "adafactor"):
-        check_optimizer(tiny_config(tmp_path, optim=optim))
+        check_settings(tiny_config(tmp_path, optim=optim))

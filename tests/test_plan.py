@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -17,10 +18,12 @@ from transformers import AutoConfig
 from graftlm.apex import Apex
 from graftlm.apex_config import ApexConfig
 from graftlm.errors import UserError
-from graftlm.models import load_model
+from graftlm.models import load_model, load_tokenizer
 from graftlm.training import costs, estimates
 from graftlm.training.config import DistributedConfig, RunConfig, SourceConfig
 from graftlm.training.control import control_config
+from graftlm.training.data import prepare_data
+from graftlm.training.data.materialise import padded_length
 from graftlm.training.plan import compare_plan, estimate, load_skeleton, plan
 from graftlm.training.probe import measure
 from graftlm.training.scaled_copy import cut
@@ -234,6 +237,29 @@ def test_plan_counts_small_data(tmp_path, monkeypatch):
     monkeypatch.setattr("graftlm.training.plan.PREPARED_AT_MOST", 0)
     assert plan(given, console=console)["steps"] == 3199 // 4 // 32 // 2  # 24 blocks, assumed; 2 a step
     assert told[1]["evaluation_blocks"] is None
+
+
+def test_rows_that_are_padded_are_planned_as_long_as_they_get(tmp_path, monkeypatch):
+    """One conversation in eight is long: so is a row of nearly every batch, and memory is that of the longest."""
+    monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path / "cache"))
+    turns = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok " * n}] for n in [300] + 7 * [5]]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps({"messages": one}) + "\n" for one in 4 * turns))
+    given = config(task="sft", packing=False, max_length=1024, per_device_train_batch_size=8, eval_fraction=0.0,
+                   chat_template="chatml", data=(SourceConfig(str(file)),))  # fmt: skip
+    prepared = prepare_data(given, load_tokenizer("tiny-llama", chat_template="chatml"))
+    lengths = [len(prepared.train[i]["input_ids"]) for i in range(len(prepared.train))]
+    found = prepared.statistics
+    assert (found.blocks, found.longest) == (32, max(lengths))
+    random = np.random.default_rng(1)
+    drawn = [random.permutation(lengths)[:8].max() for _ in range(2000)]
+    assert padded_length(np.asarray(lengths * 100), 8) == pytest.approx(np.mean(drawn), rel=0.05)
+    assert padded_length(np.asarray(lengths), 1) == pytest.approx(np.mean(lengths))
+    assert padded_length(np.asarray(lengths), 99) == max(lengths)
+    planned = plan(given, console=Console(quiet=True))
+    assert planned["tokens_per_step"] == round(found.padded_length) * given.sequences_per_step
+    full = estimate(dataclasses.replace(given, max_length=max(lengths)), load_model("tiny-llama"), None)
+    assert planned["memory"]["activations"] == pytest.approx(full["memory"]["activations"], rel=0.1)
 
 
 @pytest.mark.parametrize(("settings", "blocks", "evaluated"), [

@@ -34,6 +34,7 @@ from graftlm.training import finishing, run
 from graftlm.training.config import DistributedConfig, SourceConfig
 from graftlm.training.data import prepare_data
 from graftlm.training.data.packing import Block
+from graftlm.training.plan import plan
 from graftlm.training.run import train, train_one
 
 SUMMARY = {
@@ -373,6 +374,18 @@ def test_plain_training_of_a_family_that_apex_does_not_know(tmp_path):
     save_model(GPT2LMHeadModel(GPT2Config(**sizes)), load_tokenizer("tiny-llama"), tmp_path / "model")
     summary, _ = run_briefly(tmp_path / "run", model=str(tmp_path / "model"), method="full")
     assert any("the report has no activations" in note for note in summary["notes"])
+    longer = tiny_config(tmp_path / "longer", model=str(tmp_path / "model"), method="full", max_length=128)
+    for refused in (train, plan):  # its positions lie in a table
+        with pytest.raises(UserError, match="max_length: 128 is above the model's context of 64 tokens"):
+            refused(longer)
+
+
+def test_sequences_beyond_the_model_s_context_are_a_note(tmp_path):
+    model = load_model("tiny-llama")
+    model.config.max_position_embeddings = 16
+    save_model(model, load_tokenizer("tiny-llama"), tmp_path / "model")
+    summary, _ = run_briefly(tmp_path / "run", model=str(tmp_path / "model"), method="full")
+    assert any("above the model's context of 16 tokens" in note for note in summary["notes"])
 
 
 def test_rates_of_stages_are_of_stages(tmp_path):
@@ -392,6 +405,9 @@ def test_a_split_is_neither_what_fusion_did_nor_where_training_began(tmp_path):
     split = [line for line in evaluated if line["when"] == "stage_start"]
     assert [line["loss"] for line in split] == [stage["eval_loss_start"] for stage in summary["stages"]]
     assert split[0]["loss"] != summary["eval_loss_start"]
+    mixed = tiny_config(tmp_path / "mixed", bf16=True, apex=config.apex.__dict__ | {"trains": "full"}, control=True)
+    summary = read(train(mixed))  # before the first split, too, the loss is that of autocast
+    assert summary["eval_loss_start"] == summary["control"]["eval_loss_start"]
     assert len([note for note in summary["notes"] if "splitting" in note]) == 2 * len(summary["stages"])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from many_processes import launch
 from tiny_models import tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -298,6 +299,20 @@ def test_resumes_from_transformers_checkpoint(apex, step, tmp_path):
     for name, votes in whole.apex.recorder.votes.items():
         assert torch.equal(resumed.apex.recorder.votes[name], votes)
     assert same_weights(resumed.model, whole.model)
+
+
+def test_ddp_saves_and_goes_on(tmp_path):
+    """Apex's state is summed over the processes: all of them must take part in saving it."""
+    outcomes = launch(tmp_path / "logs", 2, _save_and_go_on, tmp_path)
+    assert [one.code for one in outcomes] == [0, 0], "\n".join(one.told for one in outcomes)
+    assert (tmp_path / "run" / "checkpoint-2" / APEX_FILE).is_file()
+
+
+def _save_and_go_on(folder):
+    for resume in (False, True):
+        trainer = make(folder / "run", tiny_model(), {}, max_steps=4, save_strategy="steps", save_steps=2)
+        trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2") if resume else None)
+        assert trainer.state.global_step == 4
 
 
 class Stopping(Noting):

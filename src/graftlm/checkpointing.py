@@ -34,10 +34,11 @@ def load_tensors_and_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, T
         return {k: file.get_tensor(k) for k in file.keys()}, json.loads((file.metadata() or {}).get("json", "null"))  # noqa: SIM118
 
 
-def check_tensors(path: str | os.PathLike[str]) -> None:
-    """Raise UserError if a safetensors file is missing or shorter than its header says; reads the header only."""
-    with _open(path):
-        pass
+def check_tensors(path: str | os.PathLike[str]) -> Any:
+    """The JSON value beside the tensors of a file; reads the header only. Raises UserError if the file is missing or
+    shorter than its header says."""
+    with _open(path) as file:
+        return json.loads((file.metadata() or {}).get("json", "null"))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ GIT_SECONDS = 10
 def describe_environment() -> dict[str, Any]:
     """Versions (None: not installed), platform, processors, memory in bytes, GPUs, commit and UTC date, as JSON values.
 
-    `git_commit` is None outside a checkout of this package; `git_changed` says whether the checkout differs from it.
+    `git_commit` is None outside a checkout of this package; `git_changed` says whether the package's own files differ
+    from it: results that a comparison writes into the checkout do not count.
     """
     commit, changed = _git_state(Path(__file__).resolve().parent)
     return {
@@ -28,7 +29,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu_count": _usable_processors(),
+        "cpu_count": usable_processors(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
@@ -64,7 +65,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _usable_processors() -> int:
+def usable_processors() -> int:
     """Those this process may run on, which in a container or a batch job are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -82,7 +83,7 @@ def _git_state(folder: Path) -> tuple[str | None, bool | None]:
     """
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None, None
-    status = _git(folder, "status", "--porcelain")
+    status = _git(folder, "status", "--porcelain", "--", ".")
     return _git(folder, "rev-parse", "HEAD"), None if status is None else bool(status)
 
 

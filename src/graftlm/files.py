@@ -105,6 +105,16 @@ def put_back(path: str | os.PathLike[str]) -> None:
             old.rename(path)
 
 
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Remove a folder with all that is in it: under its name it is whole, or gone, also for who is killed meanwhile."""
+    path = Path(path)
+    gone = path.with_name(f".{path.name}{UNFINISHED}gone")
+    if gone.exists():
+        shutil.rmtree(gone)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
 def remove_unfinished(folder: str | os.PathLike[str], name: str = "*") -> None:
     """Remove what atomic_path and atomic_folder were writing in `folder` (as `name`, a pattern) when a process was
     killed, and put back what was to be replaced."""

@@ -1,5 +1,7 @@
 """Letting a model write: a prompt in, text out as it comes."""
 
+from typing import Any
+
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
@@ -39,7 +41,8 @@ def generate_text(
 ) -> str:
     """What `model` writes after `prompt`, without the prompt and without special tokens.
 
-    `temperature`: 0 takes the likeliest token each time, above 0 samples. `chat`: put the prompt into the tokenizer's
+    `temperature`: 0 takes the likeliest token each time, above 0 samples; no penalty nor cut of the model's
+    generation_config applies. `chat`: put the prompt into the tokenizer's
     chat template as the user's message; None: if it has one. `stream`: also print the text to stdout while it comes.
     Stops at `max_new_tokens` or at an end-of-sequence token (the tokenizer's or one of the model's generation_config).
     Raises UserError when a template is asked for and there is none, when prompt and answer do not fit the model's
@@ -57,7 +60,10 @@ def generate_text(
             f"the prompt's {ids.shape[1]} tokens and max_new_tokens {max_new_tokens} exceed the model's context of "
             f"{longest}; shorten the prompt or lower max_new_tokens"
         )
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    # What is not given here would be taken from the model's generation_config, or from transformers' own defaults.
+    sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    if temperature:
+        sampling |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=_end_tokens(model, tokenizer),

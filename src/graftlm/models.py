@@ -149,6 +149,19 @@ def load_tokenizer(
     return tokenizer
 
 
+def check_context(model: PreTrainedModel, length: int) -> str | None:
+    """A word on sequences of `length` tokens where that is more than the model's context, for who trains on them.
+
+    Raises UserError for a model that looks positions up in a table, which has no rows for those."""
+    longest = context_of(model)
+    if longest is None or length <= longest:
+        return None
+    tables = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    if any(part in name.rpartition(".")[2] for name in tables for part in ("pos", "wpe")):
+        raise UserError(f"max_length: {length} is above the model's context of {longest} tokens; give at most that")
+    return f"max_length {length} is above the model's context of {longest} tokens: it has never seen such positions"
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError when the tokenizer makes ids that the model's embedding has no row for.
 

@@ -24,10 +24,11 @@ STAGE_SCHEDULE = ("stages", "stage_by", "stage_length", "stage_learning_rates", 
 """Of apex: what a control takes over from the arm that it is matched to, beside SCHEDULE."""
 SAME_FOR_ALL = (
     *("model", "dtype", "data", "eval_data", "selection_data", "eval_fraction", "eval_max_blocks", "task"),
-    *("max_length", "packing", "document_boundaries", "assistant_only_loss", "truncation", "chat_template"),
+    *("bf16", "max_length", "packing", "document_boundaries", "assistant_only_loss", "truncation", "chat_template"),
     *("streaming", "max_steps", "num_train_epochs"),
 )
-"""What decides where an arm starts, what it is trained on, in which order, and what it is measured on."""
+"""What decides where an arm starts, what it is trained on, in which order, and what it is measured on and in which
+numbers."""
 ONE_ORDER = "streaming: data come in one order, or one of two or three, whatever the seed, so seeds are copies of runs"
 OF_ANY_METHOD = ("distributed", "distillation", "reweighting", "dynamic_loading")
 """Sections of a config that are no method's own: plain training has a use for them."""
@@ -158,7 +159,9 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         notes.append(f"seeds {list(settings.seeds)}: too few for an interval, so none is given (at least 3)")
     if len(settings.seeds) > 1 and one_order(base):
         notes.append(f"{ONE_ORDER}, and no interval is given: leave streaming out of base for one")
-    if base.selection_data == () and any(len(arm.learning_rates) > 1 for arm in arms):
+    if (chooses := any(len(arm.learning_rates) > 1 for arm in arms)) and base.selection_data:
+        _check_apart(base)
+    if chooses and not base.selection_data:
         arms = [dataclasses.replace(arm, config=_halved(arm.config)) for arm in arms]
         notes.append("learning rates are chosen on one half of eval_data's documents, and the other half is reported")
     return Comparison(settings, tuple(arms), tuple(notes))
@@ -239,6 +242,18 @@ def _plain_sections(config: RunConfig) -> dict[str, Any]:
     """Every method's settings, at their defaults: plain training has no use for them."""
     sections = (f.name for f in fields(config) if dataclasses.is_dataclass(getattr(config, f.name)))
     return {name: type(getattr(config, name))() for name in sections if name not in OF_ANY_METHOD}
+
+
+def _check_apart(base: RunConfig) -> None:
+    """Raise UserError where learning rates would be chosen on what is reported."""
+    for one, other in itertools.product(base.selection_data, base.eval_data):
+        same = all(getattr(one, key) == getattr(other, key) for key in ("path", "split", "name", "pattern"))
+        if same and (one.half is None or other.half is None or one.half == other.half):
+            raise UserError(
+                f"base.selection_data: {one.path} is in eval_data, too, so learning rates would be chosen on what is "
+                "reported; give other data, leave it out (then halves of eval_data's documents are taken), or give "
+                "half: even to one and half: odd to the other"
+            )
 
 
 def _halved(config: RunConfig) -> RunConfig:

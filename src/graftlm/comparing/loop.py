@@ -63,7 +63,7 @@ def run_open(
             try:
                 told = run(cell, left, say)
             except OutOfTime:
-                console.print(f"the time is up; the same command goes on with {cell.title}", highlight=False)
+                console.print(f"the time is up; {cell.title} is next", highlight=False)
                 return
             except RunFailed as error:
                 failed[cell.key] = f"{cell.title}: {error}"

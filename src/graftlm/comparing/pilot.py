@@ -274,6 +274,7 @@ def _run(config: RunConfig, console: Console) -> Record:
                 f"{kept}: is of a pilot with other settings; delete {kept.parent}, or give another output_dir"
             )
         if same_settings(found["record"]["settings"], settings):
+            discard(Path(config.output_dir))  # a kill may have come before
             return dict(found["record"])  # else a default has changed since, and it is run again
     with console.status(kept.stem) as status:
         try:

@@ -14,7 +14,7 @@ from graftlm.comparing.results import Record, record_of
 from graftlm.comparing.tasks import Tasks
 from graftlm.configuring import dump_yaml
 from graftlm.errors import UserError
-from graftlm.files import read_json, write_json, write_text
+from graftlm.files import read_json, remove_folder, write_json, write_text
 from graftlm.identity import SETTINGS, same_settings
 from graftlm.reporting.rundata import read_run
 from graftlm.training.config import RunConfig
@@ -57,7 +57,7 @@ def run_record(
     if finished.exists() and tasks is not None and not (folder / "model").exists():
         shutil.rmtree(folder)  # to be evaluated on other tasks, after its model was deleted
     open_folder_of(settings, folder)
-    before = float(read_json(timer)["seconds"]) if timer.exists() else 0.0
+    before = seconds_spent(folder)
     began = time.monotonic()
     log = folder / "log.txt"
 
@@ -86,15 +86,31 @@ def open_folder_of(settings: Mapping[str, Any], folder: Path) -> None:
 
 def seconds_spent(folder: Path) -> float:
     """What an unfinished run has taken so far, where it goes on from a checkpoint rather than from the start."""
-    kept = any((folder / name).exists() for name in ("checkpoints", "summary.json"))
-    return float(read_json(folder / TIMER)["seconds"]) if kept and (folder / TIMER).exists() else 0.0
+    return _timed(folder) if _goes_on(folder) else 0.0
+
+
+def seconds_lost(folder: Path) -> float:
+    """What an interrupted run had taken that left nothing to go on from: so long is too short for it."""
+    return 0.0 if _goes_on(folder) else _timed(folder)
+
+
+def _goes_on(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("checkpoints", "summary.json"))
+
+
+def _timed(folder: Path) -> float:
+    timer = folder / TIMER
+    return float(read_json(timer)["seconds"]) if timer.exists() else 0.0
 
 
 def discard(folder: Path) -> None:
     """Delete what is big in the folder of a run whose record is kept."""
     for name in BIG:
         path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir():
+            remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _train(config: RunConfig, log: Path, seconds: float | None, say: Callable[[str], None]) -> None:

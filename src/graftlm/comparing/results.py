@@ -59,7 +59,9 @@ class Results:
 
 def _with_tasks_of(record: Record, earlier: Record | None) -> Record:
     """The record of a run that was done again for other tasks, with what it scored before on as many questions, unless
-    a task is among both: it may have had other shots."""
+    a task is among both (it may have had other shots) or it came to other weights than before (other hardware)."""
+    if earlier is not None and earlier.get("eval_loss_end") != record.get("eval_loss_end"):
+        return record
     if earlier is None or not earlier.get("tasks") or not same_settings(earlier["settings"], record["settings"]):
         return record
     old, new = earlier["tasks"], record.get("tasks") or {**earlier["tasks"], "asked": [], "results": {}}
@@ -100,6 +102,6 @@ def record_of(run: RunData, settings: Mapping[str, Any], *, wall_seconds: float,
             for key, v in train.items()
         },
         "tasks": dict(tasks),
-        "wall_seconds": round(wall_seconds, 1),
+        "wall_seconds": round(max(wall_seconds, summary["seconds"] or 0.0), 1),  # a killed process has not told its own
         "environment": run.environment,
     }

@@ -11,7 +11,7 @@ from rich.console import Console
 from graftlm.comparing.cells import Cell, Cells
 from graftlm.comparing.config import load_comparison
 from graftlm.comparing.loop import Say, alone, close, print_plan, run_open
-from graftlm.comparing.process import check_writable, discard, run_record, seconds_spent
+from graftlm.comparing.process import check_writable, discard, run_record, seconds_lost, seconds_spent
 from graftlm.comparing.report import write_outputs
 from graftlm.comparing.results import Record, Results
 from graftlm.comparing.summary import summarise
@@ -134,7 +134,8 @@ class Guesses:
 
     def still(self, cell: Cell) -> float:
         """Seconds until the end of a run that may have been begun; 0 if nothing is known."""
-        return max(0.0, (self.seconds(cell) or 0.0) - seconds_spent(self._cells.run_folder(cell)))
+        folder = self._cells.run_folder(cell)
+        return max(seconds_lost(folder), (self.seconds(cell) or 0.0) - seconds_spent(folder))
 
 
 def _print_plan(cells: Cells, console: Console) -> None:

@@ -19,6 +19,8 @@ from graftlm.reporting import figures
 FORMAT = 1
 PREFERRED = ("acc_norm", "acc", "exact_match", "pass@1")
 """Which of a task's metrics tables show, the first there is; else the evaluation's main_metric."""
+UNSTEADY = 1.25
+"""Times of an arm's seeds that differ by more than this factor were not taken on a machine of their own."""
 SAME_START = 1e-3
 """Nats by which arms may differ before the first step (rounding; adapters that take weights apart)."""
 
@@ -45,8 +47,8 @@ def summarise(comparison: Comparison, cells: Cells, failed: Mapping[str, str]) -
         "failed": list(failed.values()),
         "open": len(cells.open()),
         "hardware": different([hardware_text(record) for record in records]),
-        "commits": different([commit for record in records if (commit := record["environment"].get("git_commit"))]),
-        "versions": records[0]["environment"].get("packages", {}) if records else {},
+        "commits": commits(records),
+        "versions": versions(records),
         "tasks": list(comparison.settings.tasks),
     }
 
@@ -75,14 +77,23 @@ def _check_pairs(arm: Arm, runs: Mapping[str, Mapping[int, Record]], notes: list
             continue
         if found := what_differs(record, other):
             raise UserError(
-                f"{arm.name} and {arm.matched}, seed {seed}, cannot be compared: {'; '.join(found)}; delete the "
-                "older of the two runs from the results file, and run again"
+                f"{arm.name} and {arm.matched}, seed {seed}, cannot be compared: {'; '.join(found)}; take the older "
+                "of the two out of the results file, delete its folder in cells, and run again"
+            )
+        if other_versions := _other_versions(record, other):
+            notes.append(
+                f"{arm.name} and {arm.matched}: runs of one seed were made with different versions of "
+                f"{', '.join(other_versions)}"
             )
         if abs(record["eval_loss_start"] - other["eval_loss_start"]) > SAME_START:
             notes.append(
                 f"{arm.name} starts from a held-out loss of {figures.loss(record['eval_loss_start'])}, "
                 f"{arm.matched} from {figures.loss(other['eval_loss_start'])}"
             )
+
+
+def _other_versions(a: Record, b: Record) -> list[str]:
+    return [name for name, version in versions([a, b]).items() if ", " in version]
 
 
 def what_differs(a: Record, b: Record) -> list[str]:
@@ -95,6 +106,12 @@ def what_differs(a: Record, b: Record) -> list[str]:
     for key in (*SAME_FOR_ALL, "seed"):
         if not same_settings({key: a["settings"].get(key)}, {key: b["settings"].get(key)}):
             found.append(f"{key} is not the same")
+    mine, theirs = (one["tasks"].get("results", {}) for one in (a, b))
+    found += [
+        f"the definition of {name} is not the same"
+        for name in mine
+        if name in theirs and mine[name].get("version") != theirs[name].get("version")
+    ]
     mine, theirs = (one["tasks"].get("data", {}) for one in (a, b))
     found += [f"the data of {name} is not the same" for name in mine if name in theirs and mine[name] != theirs[name]]
     return found
@@ -159,7 +176,7 @@ def _arm(
             f"{arm.name} has {len(own)} finished seeds and {control.name} {len(other)}: their means and curves are not "
             f"of the same seeds; the difference is over the {paired} that both have"
         )
-    entry["time_ratio"] = _time_ratio(arm.name, own, other, notes)
+    entry["time_ratio"] = _time_ratio(arm, own, other, notes)
     entry["needed"] = _needed(own, curves[control.name], copies=copies)
     return entry
 
@@ -197,9 +214,10 @@ def paired_differences(
 
 
 def _time_ratio(
-    name: str, own: Mapping[int, Record], other: Mapping[int, Record], notes: list[str]
+    arm: Arm, own: Mapping[int, Record], other: Mapping[int, Record], notes: list[str]
 ) -> dict[str, Any] | None:
-    """Seconds over the control's, of the seeds at which both ran on the same hardware."""
+    """Seconds over the control's, of the seeds at which both ran on the same hardware: median, lowest, highest."""
+    name = arm.name
     pairs = {seed: (own[seed], other[seed]) for seed in own if seed in other}
     alike = {
         seed: a["seconds"] / b["seconds"] for seed, (a, b) in pairs.items() if hardware_text(a) == hardware_text(b)
@@ -207,7 +225,18 @@ def _time_ratio(
     if other_hardware := len(pairs) - len(alike):
         rest = f"its time ratio is over the other {len(alike)}" if alike else "no time ratio"
         notes.append(f"{name}: {other_hardware} of its runs had other hardware than the control's; {rest}")
-    return mean_by_seed(alike)
+    if not alike:
+        return None
+    for which, runs in ((name, own), (arm.matched, other)):
+        seconds = [runs[seed]["seconds"] for seed in alike]
+        if max(seconds) > UNSTEADY * min(seconds):
+            notes.append(
+                f"{which}: its runs took from {figures.duration(min(seconds))} to {figures.duration(max(seconds))}, so "
+                "other work was on the machine, and time ratios tell little"
+            )
+    values = list(alike.values())
+    found = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+    return {**found, "by_seed": {str(seed): value for seed, value in alike.items()}}
 
 
 def _plain_curve(control: Arm, cells: Cells, notes: list[str]) -> dict[str, Any] | None:
@@ -280,6 +309,25 @@ def task_scores(own: Mapping[int, Record], other: Mapping[int, Record], *, copie
 
 def _metric(values: Mapping[str, Any]) -> str:
     return next((key for key in PREFERRED if key in values), str(values.get("main_metric")))
+
+
+def commits(records: Sequence[Record]) -> list[str]:
+    """The commits that records were made at, with a word where the package's files differed from them."""
+    states = [record["environment"] for record in records]
+    return different(
+        [
+            f"{commit} (changed)" if state.get("git_changed") else commit
+            for state in states
+            if (commit := state.get("git_commit"))
+        ]
+    )
+
+
+def versions(records: Sequence[Record]) -> dict[str, str]:
+    """Package -> its version, or several where records were made with different ones."""
+    told = [record["environment"].get("packages", {}) for record in records]
+    names = dict.fromkeys(name for packages in told for name in packages)
+    return {name: ", ".join(different([str(one[name]) for one in told if one.get(name)])) for name in names}
 
 
 def hardware_text(record: Record) -> str:

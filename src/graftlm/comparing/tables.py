@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,12 @@ def _losses(arms: Sequence[Row]) -> Table:
     return Table("Held-out loss", header, tuple(rows), note)
 
 
+COSTS_NOTE = (
+    "means over seeds; time of training alone, without evaluation; time over control: median of the seeds' ratios "
+    "(lowest to highest)"
+)
+
+
 def _costs(arms: Sequence[Row]) -> Table:
     header = ("arm", "tokens", "time", "time over control", "peak memory", "trainable parameters", "share")
     rows = tuple(
@@ -92,14 +98,21 @@ def _costs(arms: Sequence[Row]) -> Table:
             arm["name"],
             figures.count(_of(arm, "tokens")),
             figures.duration(_of(arm, "seconds")),
-            figures.ratio(_of(arm, "time_ratio"), 1.0) or ("" if arm["matched"] is None else figures.MISSING),
+            "" if arm["matched"] is None else _time_ratio(arm.get("time_ratio")),
             figures.size(_of(arm, "peak_memory_bytes")),
             figures.count(_of(arm, "trainable_parameters")),
             figures.small_share(_of(arm, "trainable_fraction")),
         )
         for arm in arms
     )
-    return Table("What it costs", header, rows, "means over seeds; time of training alone, without evaluation")
+    return Table("What it costs", header, rows, COSTS_NOTE)
+
+
+def _time_ratio(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return figures.MISSING
+    between = f" ({found['lowest']:.2f} to {found['highest']:.2f})" if len(found["by_seed"]) > 1 else ""
+    return f"{found['median']:.2f} ×{between}"
 
 
 def _tasks(arms: Sequence[Row]) -> Table:

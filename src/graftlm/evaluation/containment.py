@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from graftlm.environment import usable_processors
 from graftlm.errors import UserError
 from graftlm.evaluation import contained
 
@@ -69,7 +70,7 @@ def check_containment() -> None:
 def judge(programs: Sequence[str], *, progress: bool = False, workers: int | None = None) -> list[bool]:
     """`passes` of many programs, several at a time (`workers`; None: one a processor)."""
     with (
-        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+        ThreadPoolExecutor(workers or usable_processors()) as pool,
         tqdm(total=len(programs), unit=" programs", desc="running", disable=not progress) as bar,
     ):
         verdicts = []

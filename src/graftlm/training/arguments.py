@@ -24,7 +24,6 @@ LIBRARIES = {
     "grokadamw": "grokadamw",
     "lomo": "lomo_optim",
     "adalomo": "lomo_optim",
-    "schedule_free": "schedulefree",
     "stable_adamw": "optimi",
     "adamw_anyprecision": "torchdistx",
 }
@@ -53,10 +52,19 @@ SAME = (
 )
 
 
-def check_optimizer(config: RunConfig) -> None:
-    """Raise UserError for an `optim` that is unknown, whose library is missing, or that cannot be resumed, and for a
-    schedule that cannot be made."""
+def check_settings(config: RunConfig) -> None:
+    """Raise UserError, before anything is made or read, for an optimizer, a schedule, or numbers that this machine or
+    this trainer cannot do."""
     _check_schedule(config)
+    _check_optimizer(config)
+    if config.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"bf16: {torch.cuda.get_device_name()} computes no bfloat16 and would emulate it slowly; set bf16: false"
+        )
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    """Raise UserError for an `optim` that is unknown, whose library is missing, or that cannot be resumed."""
     names = [name.value for name in OptimizerNames]
     if config.optim not in names:
         near = difflib.get_close_matches(config.optim, names, n=1)
@@ -65,6 +73,11 @@ def check_optimizer(config: RunConfig) -> None:
         raise UserError(f"optim: the state of {config.optim} cannot be kept in a checkpoint; use adamw_8bit")
     if config.optim.startswith(("galore", "apollo")):
         raise UserError(f"optim: {config.optim} asks for optim_target_modules, which no key sets; use adamw_torch")
+    if config.optim.startswith("schedule_free"):
+        raise UserError(
+            f"optim: {config.optim} is measured and saved at other weights than it trains, which this trainer does not "
+            "do; use adamw_torch"
+        )
     library = next((library for start, library in LIBRARIES.items() if config.optim.startswith(start)), None)
     if library is not None and importlib.util.find_spec(library) is None:
         raise UserError(
@@ -84,6 +97,11 @@ def check_optimizer(config: RunConfig) -> None:
 
 def _check_schedule(config: RunConfig) -> None:
     told = config.lr_scheduler_kwargs
+    if config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        raise UserError(
+            f"lr_scheduler_type: {config.lr_scheduler_type} follows evaluations of transformers' own, which are off "
+            "here; choose another, e.g. cosine"
+        )
     try:
         base_schedule(config.lr_scheduler_type, config.learning_rate, 1, 100, told)
     except (TypeError, ValueError) as error:

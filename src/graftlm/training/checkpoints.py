@@ -51,7 +51,8 @@ PLAIN_FILE = "shards.json"
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first; names that begin with a dot were being written when the run was killed."""
     found = [p for p in (run / "checkpoints").glob("step-*") if (p / STATE_FILE).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    numbers = {int(number): p for p in found if (number := p.name.removeprefix("step-")).isdecimal()}
+    return [numbers[step] for step in sorted(numbers)]
 
 
 def check_checkpoint(checkpoint: Path, *, sharded: bool) -> None:
@@ -73,6 +74,14 @@ def check_checkpoint(checkpoint: Path, *, sharded: bool) -> None:
     begins_phase = (checkpoint / PHASE_FILE).exists()
     for file in sorted(files | ({checkpoint / OPTIMIZER_FILE} if not sharded and not begins_phase else set())):
         check_tensors(file)
+
+
+def saved_extra(checkpoint: Path) -> Any:
+    """The JSON value that `save_state` was given, without reading a tensor."""
+    if (checkpoint / SHARDS).is_dir():
+        return read_json(checkpoint / PLAIN_FILE)["extra"]
+    begins_phase = (checkpoint / PHASE_FILE).exists()
+    return check_tensors(checkpoint / (PHASE_FILE if begins_phase else OPTIMIZER_FILE))["extra"]
 
 
 @contextmanager

@@ -63,23 +63,24 @@ def estimate(
     model: PreTrainedModel,
     blocks: int | None,
     *,
-    tokens: int | None = None,
     evaluation_blocks: int | None = None,
+    padded_length: float | None = None,
+    longest: int | None = None,
     gpus: int | None = None,
 ) -> dict[str, Any]:
     """Estimate a run of `config` on `model` (which is left as it was) in a few seconds.
 
-    `blocks`, `tokens`: sequences and tokens of an epoch; `evaluation_blocks`: sequences evaluated each time; None where
-    they are not known. `gpus`: plan for so many,
-    there or not; None: for this machine, and as many processes as a launcher started. Returns JSON values; memory and
-    bytes sent are those of one process, seconds those of training as summary.json counts them (evaluation and
-    communication apart), None where there is no GPU to measure a plan for GPUs on. Raises UserError for what `train`
-    refuses.
+    `blocks`: sequences of an epoch; `evaluation_blocks`: sequences evaluated each time; `padded_length`, `longest`: of
+    sequences that are not packed, tokens of a row as micro-batches are padded, on average and at most (None: full
+    ones); None where they are not known. `gpus`: plan for so many, there or not; None: for this machine, and as many
+    processes as a launcher started. Returns JSON values; memory and bytes sent are those of one process, seconds those
+    of training as summary.json counts them (evaluation and communication apart), None where there is no GPU to measure
+    a plan for GPUs on. Raises UserError for what `train` refuses.
     """
     layout = layout_of(config, model, gpus)
-    length = config.max_length
-    if tokens and blocks and not config.packing:
-        length = max(1, round(tokens / blocks))
+    length = fullest = config.max_length
+    if padded_length and longest and not config.packing:
+        length, fullest = max(1, round(padded_length)), longest
     rows = config.per_device_train_batch_size
     epoch_steps = steps_per_epoch(config, blocks, layout.processes)
     steps = total_steps(config, epoch_steps)
@@ -96,7 +97,7 @@ def estimate(
         with _apex_on(config, model, steps) as apex:
             counted.probed = _token_flops(model, apex, ready, probe.length)[0]
     held = counted.held
-    memory = peak_memory(config, held, probe, layout, rows * length, process_bytes)
+    memory = peak_memory(config, held, probe, layout, rows * fullest, process_bytes)
     flops = _flops(config, counted, per_step * length, layout)
     return {
         "layout": asdict(layout),
@@ -116,7 +117,7 @@ def estimate(
         "estimated_peak_memory_bytes": memory["peak"],
         "memory": memory["parts"],
         "memory_peak_at": memory["at"],
-        "peak_memory_with": peaks_with(config, held, probe, layout, rows * length, process_bytes),
+        "peak_memory_with": peaks_with(config, held, probe, layout, rows * fullest, process_bytes),
         "sent_bytes_per_step": costs.sent_bytes(
             held, layout, bf16=config.bf16, micro_batches=config.gradient_accumulation_steps
         ),

@@ -38,7 +38,9 @@ class Meter:
         """Step, tokens, seconds and sum of losses when metrics were last logged."""
 
     def start(self) -> None:
-        self._clock = time.perf_counter()
+        """Count from now on, if time is not counted already."""
+        if self._clock is None:
+            self._clock = time.perf_counter()
 
     def stop(self) -> None:
         if self._clock is not None:
@@ -50,11 +52,13 @@ class Meter:
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
         """Count what happens inside as time of training."""
+        counting = self._clock is not None
         self.start()
         try:
             yield
         finally:
-            self.stop()
+            if not counting:
+                self.stop()
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:

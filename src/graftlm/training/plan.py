@@ -15,7 +15,7 @@ from graftlm import models
 from graftlm.errors import UserError
 from graftlm.models import load_model, load_tokenizer
 from graftlm.reporting import figures
-from graftlm.training.arguments import check_optimizer
+from graftlm.training.arguments import check_settings
 from graftlm.training.config import RunConfig
 from graftlm.training.control import control_config
 from graftlm.training.data import prepare_data
@@ -49,26 +49,31 @@ class Sequences(NamedTuple):
     """Where the numbers come from."""
     blocks: int | None = None
     """Sequences of an epoch."""
-    tokens: int | None = None
-    """Of an epoch."""
     evaluation_blocks: int | None = None
     """Sequences evaluated each time."""
+    padded_length: float | None = None
+    """Tokens of a row, on average, as micro-batches are padded."""
+    longest: int | None = None
+    """Tokens of the longest sequence."""
 
 
 def count_sequences(config: RunConfig) -> Sequences:
     """Count where that is needed and the data are small; else assume, or leave it unknown."""
-    if config.max_steps > 0:
+    if config.max_steps > 0 and config.packing:
         return Sequences("not needed: max_steps is set")
     sizes = [_bytes_of(Path(source.path), source.pattern) for source in config.data]
     small = None not in sizes and sum(filter(None, sizes)) <= PREPARED_AT_MOST
     if small and (tokenizer := _tokenizer(config)) is not None:
         found = prepare_data(config, tokenizer).statistics
-        return Sequences("counted (and kept in the cache)", found.blocks, found.tokens, found.evaluation_blocks)
+        told = (found.blocks, found.evaluation_blocks, found.padded_length, found.longest)
+        return Sequences("counted (and kept in the cache)", *told)
+    if config.max_steps > 0:
+        return Sequences("not needed: max_steps is set; full sequences are assumed")
     if None in sizes:
         return Sequences("unknown: the data is not on this machine; set max_steps to see the whole run")
     tokens = sum(filter(None, sizes)) // BYTES_A_TOKEN
     said = f"assumed: {BYTES_A_TOKEN} bytes a token, full sequences; set max_steps to be exact"
-    return Sequences(said, max(1, tokens // config.max_length), tokens)
+    return Sequences(said, max(1, tokens // config.max_length))
 
 
 def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase | None:
@@ -95,14 +100,18 @@ def plan(config: RunConfig, *, gpus: int | None = None, console: Console | None 
     `control` in it is the control's. Raises UserError for what `train` would refuse.
     """
     console = console or Console(quiet=os.environ.get("RANK", "0") != "0")
-    check_optimizer(config)
+    check_settings(config)
     model = load_skeleton(config)
-    said, blocks, tokens, evaluated = count_sequences(config)
-    planned = estimate(config, model, blocks, tokens=tokens, evaluation_blocks=evaluated, gpus=gpus)
+    too_long = models.check_context(model, config.max_length)
+    said, blocks, *lengths = count_sequences(config)
+    known: dict[str, Any] = dict(
+        zip(("evaluation_blocks", "padded_length", "longest"), lengths, strict=True), gpus=gpus
+    )
+    planned = estimate(config, model, blocks, **known)
     if config.control:
         starts = [start or 0 for start in planned["stage_starts"]]
         control = dataclasses.replace(control_config(config, starts), output_dir=config.output_dir)
-        planned["control"] = estimate(control, model, blocks, tokens=tokens, evaluation_blocks=evaluated, gpus=gpus)
+        planned["control"] = estimate(control, model, blocks, **known)
     console.print(_table(config, model, planned, blocks, said))
     console.print(Text(f"FLOPs: {planned['flops_formula']}", style="dim"))
     for line in _assumptions(config, planned):
@@ -112,7 +121,7 @@ def plan(config: RunConfig, *, gpus: int | None = None, console: Console | None 
         console.print(Text(f"less memory: {', '.join(offers)}", style="dim"))
     for line in _warnings(model, planned):
         console.print(Text(line, style="bold red"))
-    for note in planned["notes"]:
+    for note in [*planned["notes"], *([too_long] if too_long else [])]:
         console.print(Text(f"note: {note}"))
     return planned
 

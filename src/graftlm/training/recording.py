@@ -50,6 +50,8 @@ class Recording(TrainerCallback):
             control.should_save = True
         if last:  # which may be before max_steps, in a phase of a longer run
             control.should_training_stop = True
+        else:
+            trainer.meter.start()  # the next step's time begins with waiting for its data
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any

@@ -15,13 +15,13 @@ from graftlm.errors import UserError
 from graftlm.files import read_json, write_json
 from graftlm.methods import make_method
 from graftlm.methods.base import Method
-from graftlm.models import check_vocabulary, load_model, load_skeleton, load_tokenizer
+from graftlm.models import check_context, check_vocabulary, load_model, load_skeleton, load_tokenizer
 from graftlm.parts import count_parameters
 from graftlm.reporting.report import make_report
 from graftlm.reporting.table import print_summary
 from graftlm.sharding import shard_model
 from graftlm.training import distributed
-from graftlm.training.arguments import check_optimizer, fuse_loss, training_arguments
+from graftlm.training.arguments import check_settings, fuse_loss, training_arguments
 from graftlm.training.config import RunConfig
 from graftlm.training.control import run_control
 from graftlm.training.data import PreparedData, prepare_data
@@ -46,7 +46,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     distributed.join(config.distributed)
     same = "start every process from the same file and with the same arguments"
     agree("the settings", config_to_dict(config), same)
-    check_optimizer(config)  # before a folder is made
+    check_settings(config)  # before a folder is made
     run = Path(config.output_dir)
     with alone_in(run):
         _train_with_control(config, run, resume)
@@ -92,18 +92,9 @@ def _other_processes(run: Path) -> Iterator[None]:
 def train_one(config: RunConfig, *, resume: bool = False, lean: bool = False) -> dict[str, Any]:
     """One run without its control; returns what it wrote to summary.json. `lean`: without plan and distributions of
     activations, which only a report of this run would show."""
-    check_optimizer(config)
-    _check_bfloat16(config)
+    check_settings(config)
     with alone_in(Path(config.output_dir)):
         return _train_one(config, resume=resume, lean=lean)
-
-
-def _check_bfloat16(config: RunConfig) -> None:
-    """Raise UserError for a GPU that only emulates bfloat16, which is slower than float32."""
-    if config.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(
-            f"bf16: {torch.cuda.get_device_name()} computes no bfloat16 and would emulate it slowly; set bf16: false"
-        )
 
 
 def _train_one(config: RunConfig, *, resume: bool, lean: bool = False) -> dict[str, Any]:
@@ -121,6 +112,7 @@ def _train_one(config: RunConfig, *, resume: bool, lean: bool = False) -> dict[s
     with sharing_errors():
         model = _open_model(config)
         check_vocabulary(model, tokenizer)
+        too_long = check_context(model, config.max_length)
     from_first = any(distributed.gathered(next(model.parameters()).is_meta))
     display = Display("control" if run.name == "control" else config.method, Console(stderr=True, quiet=not is_main()))
     _tell_data(display, data)
@@ -129,7 +121,12 @@ def _train_one(config: RunConfig, *, resume: bool, lean: bool = False) -> dict[s
         if is_main() and not lean:
             found = data.statistics
             planned = estimate(
-                config, model, found.blocks, tokens=found.tokens, evaluation_blocks=found.evaluation_blocks
+                config,
+                model,
+                found.blocks,
+                evaluation_blocks=found.evaluation_blocks,
+                padded_length=found.padded_length,
+                longest=found.longest,
             )
     total_parameters = count_parameters(model)
     use_cache = model.config.use_cache
@@ -142,6 +139,9 @@ def _train_one(config: RunConfig, *, resume: bool, lean: bool = False) -> dict[s
     with sharing_errors():
         method = make_method(model, config)
     trainer = _make_trainer(config, run, model, data, display, method)
+    if too_long:
+        display.say(f"note: {too_long}")
+        trainer.notes.append(too_long)
     if not is_main():  # dropout: every process has its own random numbers
         torch.manual_seed(config.seed + distributed.rank())
     before = None

@@ -11,10 +11,10 @@ from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import locked, plain_disk_errors, read_json, remove_unfinished, write_json, write_text
 from graftlm.identity import NAMED, SETTINGS, SOURCES, content_of, same_settings
-from graftlm.training.checkpoints import check_checkpoint, list_checkpoints
+from graftlm.training.checkpoints import check_checkpoint, list_checkpoints, saved_extra
 from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.training.data import PreparedData
-from graftlm.training.distributed import on_main
+from graftlm.training.distributed import on_main, world_size
 
 # What may differ between a run and its --resume without changing a weight.
 FREE_ON_RESUME = {"control", "save_total_limit", "report_to", "logging_steps", "per_device_eval_batch_size"}
@@ -58,11 +58,23 @@ def open_folder(config: RunConfig, run: Path, resume: bool) -> Path | None:
         )
     if checkpoints:
         check_checkpoint(checkpoints[-1], sharded=config.distributed.strategy == "fsdp2")
+        _check_step(checkpoints[-1], config)
     for folder in (run, run / "checkpoints"):
         remove_unfinished(folder)
     write_text(run / "config.yaml", dump_yaml(config))
     write_json(run / "environment.json", describe_environment())
     return checkpoints[-1] if checkpoints else None
+
+
+def _check_step(checkpoint: Path, config: RunConfig) -> None:
+    """Raise UserError where a step would not have the sequences that it had."""
+    now = config.sequences_per_step * world_size()
+    before = saved_extra(checkpoint)["run"].get("sequences_a_step", now)
+    if before != now:
+        raise UserError(
+            f"{checkpoint}: a step had {before} sequences and would now have {now}; choose processes x "
+            "per_device_train_batch_size x gradient_accumulation_steps that give as many as before"
+        )
 
 
 def check_same_config(config: RunConfig, run: Path) -> None:

@@ -1,6 +1,5 @@
 """The trainer that `graftlm train` runs on: it measures, stops on NaN, and saves so that a kill loses nothing."""
 
-import shutil
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import PrinterCallback
 from graftlm.activations import count_tokens
 from graftlm.apex import Apex
 from graftlm.errors import AgreedError, UserError
+from graftlm.files import remove_folder
 from graftlm.held_out import mean_loss
 from graftlm.methods.base import Method
 from graftlm.methods.sparse_settings import ReweightingSettings
@@ -108,7 +108,7 @@ class RunTrainer(ApexTrainer):
         mine, rounds = every(len(starts))
         taken = [starts[mine[turn] if turn < len(mine) else -1] for turn in range(rounds)]
         batches = (self.data_collator([data[i] for i in range(s, min(s + size, len(data)))]) for s in taken)
-        with self.compute_loss_context_manager():
+        with self.meter.untimed():
             return mean_loss(self.model, batches, counting=len(mine))
 
     def evaluate_now(self, when: str, loss: float | None = None) -> float | None:
@@ -170,7 +170,7 @@ class RunTrainer(ApexTrainer):
     def before_split(self) -> None:
         """Evaluate: what a split changes is not what training or fusion did."""
         if self.evaluation is not None and len(self.evaluation):
-            with self.meter.untimed():
+            with self.accelerator.autocast():  # as later, when accelerate has wrapped the model
                 self._unsplit = self.loss_on(self.evaluation)
 
     def _begin_stage(self, loss: float | None) -> None:
@@ -241,6 +241,14 @@ class RunTrainer(ApexTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         fresh = self.lr_scheduler is None
+        told = self.args.lr_scheduler_kwargs
+        decay = told.get("num_decay_steps") if isinstance(told, dict) else None
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if decay is not None and warmup + decay > num_training_steps:
+            raise UserError(
+                f"lr_scheduler_kwargs.num_decay_steps: {decay} and {warmup} steps of warmup are more than the run's "
+                f"{num_training_steps}, so learning_rate would never be reached; give fewer"
+            )
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if fresh and self.method is not None and type(self.method).rate_factor is not Method.rate_factor:
             scale_rates(scheduler, self.optimizer, self.method.rate_factor)
@@ -275,8 +283,9 @@ class RunTrainer(ApexTrainer):
     def refuse(self, what: str) -> None:
         kind = UserError if is_main() else AgreedError
         raise kind(
-            f"{what} is NaN or Inf at step {self.state.global_step + 1} of {self.run}; the step was not taken: lower "
-            "learning_rate, or look at the data (graftlm data); --resume goes on from the last checkpoint"
+            f"{what} is NaN or Inf at step {self.state.global_step + 1} of {self.run}; the step was not taken: look at "
+            "the data (graftlm data), or start again with a lower learning_rate and another output_dir (--resume comes "
+            "to the same step, unless the hardware was at fault)"
         )
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
@@ -308,7 +317,7 @@ class RunTrainer(ApexTrainer):
                 self.state.save_to_json(str(temporary / STATE_FILE))
         if is_main():
             for old in list_checkpoints(self.run)[: -self.args.save_total_limit]:
-                shutil.rmtree(old)
+                remove_folder(old)
 
     def _optimized(self) -> list[str]:
         """Names of the optimizer's parameters, in its order."""
@@ -343,12 +352,6 @@ class RunTrainer(ApexTrainer):
         extra = load(Path(checkpoint), self.model, optimizer)
         self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **extra["scheduler"]})
         told = extra["run"]
-        if told.get("sequences_a_step", self._sequences_a_step()) != self._sequences_a_step():
-            raise UserError(
-                f"{checkpoint}: a step had {told['sequences_a_step']} sequences and would now have "
-                f"{self._sequences_a_step()}; choose processes x per_device_train_batch_size x "
-                "gradient_accumulation_steps that give as many as before"
-            )
         self.meter.load_state_dict(told)
         self.stages, self.eval_loss_start = told["stages"], told["eval_loss_start"]
         if self.loading is not None:

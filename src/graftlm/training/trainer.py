@@ -40,7 +40,7 @@ class _Stages(TrainerCallback):
                 self._trainer.next_stage()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._trainer.apex is not None and args.should_save:
+        if self._trainer.apex is not None:
             self._trainer.save_apex(f"{args.output_dir}/checkpoint-{state.global_step}")
 
 
@@ -87,9 +87,11 @@ class ApexMixin:
             self.apex.finish()
 
     def save_apex(self, checkpoint: str) -> None:
-        """Put Apex beside what Trainer has saved in the folder `checkpoint`."""
+        """Put Apex beside what Trainer has saved in the folder `checkpoint`. All processes call it."""
         assert self.apex is not None
-        save_tensors(f"{checkpoint}/{APEX_FILE}", self.apex.state_dict())
+        state = self.apex.state_dict()  # which all processes take part in
+        if self.args.should_save:  # type: ignore[attr-defined]
+            save_tensors(f"{checkpoint}/{APEX_FILE}", state)
 
     def load_apex(self, checkpoint: str) -> dict[str, Tensor]:
         """What save_apex has put in the folder `checkpoint`."""

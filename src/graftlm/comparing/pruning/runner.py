@@ -58,6 +58,9 @@ def compare_pruning(
     check_writable(comparison.folder)
     check_file(comparison.results_path)  # now rather than when the first run is to be kept
     with alone(comparison.folder):
+        for cell in () if settings.keep else cells.wanted():  # what a kill has left
+            if cells.record(cell) is not None:
+                discard(cells.run_folder(cell))
         run_open(
             cells.open,
             lambda: Guesses(results).still,

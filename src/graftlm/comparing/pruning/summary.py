@@ -11,7 +11,15 @@ from graftlm.comparing.pruning.cells import PruneCells
 from graftlm.comparing.pruning.config import PruneArm, PruneComparison, Size
 from graftlm.comparing.results import Record
 from graftlm.comparing.statistics import are_copies
-from graftlm.comparing.summary import different, hardware_text, mean_by_seed, paired_differences, task_scores
+from graftlm.comparing.summary import (
+    commits,
+    different,
+    hardware_text,
+    mean_by_seed,
+    paired_differences,
+    task_scores,
+    versions,
+)
 from graftlm.reporting import figures
 
 FORMAT = 1
@@ -53,8 +61,8 @@ def summarise(comparison: PruneComparison, cells: PruneCells, failed: Mapping[st
         "failed": list(failed.values()),
         "open": len(cells.open()),
         "hardware": different([hardware_text(record) for record in everything]),
-        "commits": different([c for record in everything if (c := record["environment"].get("git_commit"))]),
-        "versions": everything[0]["environment"].get("packages", {}) if everything else {},
+        "commits": commits(everything),
+        "versions": versions(everything),
     }
 
 

@@ -19,7 +19,7 @@ from graftlm.pruning.shrink.phases import Phase
 from graftlm.pruning.shrink.run import plan_phases
 from graftlm.pruning.ways import iterations_of, sequences_seen
 from graftlm.reporting import figures
-from graftlm.training.arguments import check_optimizer
+from graftlm.training.arguments import check_settings
 from graftlm.training.estimates import estimate
 from graftlm.training.plan import load_skeleton
 
@@ -33,7 +33,7 @@ def dry_run(task: Shrink, *, console: Console | None = None) -> dict[str, Any]:
     Raises UserError for what a shrink would refuse.
     """
     console = console or Console()
-    check_optimizer(task.run)
+    check_settings(task.run)
     planned = plan_phases(task)
     run = estimate(task.run, load_skeleton(task.run), None)
     phases = [_phase(task, Phase(**phase), planned, run) for phase in planned["phases"]]

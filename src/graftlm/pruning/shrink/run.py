@@ -28,7 +28,7 @@ from graftlm.pruning.shrink.phases import Phase, phases_of
 from graftlm.pruning.shrink.story import print_summary, summarise, write_metrics
 from graftlm.pruning.targets import asked_parameters, check_size
 from graftlm.reporting import figures
-from graftlm.training.arguments import check_optimizer
+from graftlm.training.arguments import check_settings
 from graftlm.training.checkpoints import list_checkpoints
 from graftlm.training.config import RunConfig
 from graftlm.training.plan import load_skeleton
@@ -52,7 +52,7 @@ def run_shrink(task: Shrink, *, console: Console | None = None) -> dict[str, Any
     Raises UserError for anything a person can mend; what was finished before stays.
     """
     given, console = console, console or Console(stderr=True)
-    check_optimizer(task.run)
+    check_settings(task.run)
     folder = task.folder
     finished = folder / "summary.json"
     if (folder / FIRST).exists():  # until then nothing depends on the settings, and a mistake in them can be mended

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from graftlm.errors import UserError
 from graftlm.files import atomic_folder, make_once, read_json, write_json
+from graftlm.training.data.formats import TEMPLATE_DATE
 from graftlm.training.data.packing import Block
 from graftlm.training.data.statistics import Counts
 
@@ -166,4 +167,5 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         rules = {"class": type(tokenizer).__name__, "vocabulary": sorted(tokenizer.get_vocab().items())}
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    return cache_key(rules=rules, special=special, chat_template=tokenizer.chat_template)
+    dated = {"date": TEMPLATE_DATE.isoformat()} if "strftime_now" in str(tokenizer.chat_template) else {}
+    return cache_key(rules=rules, special=special, chat_template=tokenizer.chat_template, **dated)

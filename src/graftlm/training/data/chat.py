@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from graftlm.errors import UserError
-from graftlm.training.data.formats import Conversation
+from graftlm.training.data.formats import TEMPLATE_DATE, Conversation
 
 Span = tuple[int, int]
 """Start and end in characters of the rendered conversation."""
@@ -29,6 +29,14 @@ REWRITES = (
     "the chat template renders earlier turns differently once later ones follow (it strips thinking, say), so the "
     "assistant's tokens cannot be found; set chat_template to a Jinja file with {% generation %} markers"
 )
+
+
+SAME_DAY = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('%{code}', '{TEMPLATE_DATE.strftime('%' + code)}')" for code in "aAbBdjmyYHIMSp")
+    + " }}{%- endmacro +%}"
+)
+"""Before a template that asks for today, in the place of transformers' function: data must not depend on the day."""
 
 
 class ChatEncoder:
@@ -51,6 +59,8 @@ class ChatEncoder:
             # which a template may refuse in other ways.
             with contextlib.suppress(*TEMPLATE_ERRORS):
                 self.template = get_training_chat_template(tokenizer) or self.template
+        if "strftime_now" in self.template:
+            self.template = SAME_DAY + self.template
         # transformers finds marked spans with character offsets, which only fast tokenizers give.
         self.marked = has_generation_markers(self.template) and tokenizer.is_fast
         if self.marked:

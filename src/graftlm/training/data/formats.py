@@ -4,6 +4,7 @@ Known layouts: text; messages; prompt_completion (strings or message lists); alp
 sharegpt (conversations of from/value). Each becomes one of the two document classes here.
 """
 
+import datetime
 import itertools
 import json
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from graftlm.training.config import SourceConfig
 from graftlm.training.data.readers import Row, check_characters, split_row
 from graftlm.training.data.statistics import Counts
 
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+"""What chat templates that write the day's date get for today, so that data do not depend on when they are prepared:
+the day that those of Llama 3 fall back on."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "system": "system",

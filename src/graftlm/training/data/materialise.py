@@ -161,6 +161,15 @@ def nothing_left(pipeline: SourcePipeline, counts: Counts) -> UserError:
     )
 
 
+def padded_length(lengths: np.ndarray, rows: int) -> float:
+    """Mean over micro-batches of `rows` blocks, drawn at random, of the longest one's tokens.
+
+    lengths: int [blocks], tokens of each."""
+    rows = min(rows, len(lengths))
+    drawn = np.random.default_rng(0).permutation(lengths)[: len(lengths) // rows * rows]
+    return float(drawn.reshape(-1, rows).max(axis=1).mean())
+
+
 def _statistics(
     config: RunConfig,
     sources: Sequence[SourceBlocks],
@@ -185,6 +194,7 @@ def _statistics(
                 f"{given.path}: an epoch uses {passes:.1%} of its blocks, by its weight, the next epoch others"
             )
     counts = [source.counts for source in sources]
+    lengths = np.concatenate([source.train_sizes[:, 0] for source in sources])
     return DataStatistics(
         documents=sum(part.documents for part in listed),
         tokens=tokens,
@@ -193,6 +203,8 @@ def _statistics(
         supervised_share=supervised / tokens,
         held_out_documents=sum(count.held_out_documents for count in counts),
         evaluation_blocks=len(evaluation) if evaluation is not None else 0,
+        longest=int(lengths.max()),
+        padded_length=padded_length(lengths, config.per_device_train_batch_size),
         sources=listed,
         notes=notes + left_out([source.path for source in config.data], counts),
         **truncation(counts),

@@ -62,6 +62,10 @@ class DataStatistics:
     held_out_documents: int
     evaluation_blocks: int
     """Blocks evaluated each time."""
+    longest: int | None = None
+    """Tokens of the longest block."""
+    padded_length: float | None = None
+    """Tokens of a row, on average, as micro-batches are padded to their longest one."""
     sources: list[SourceStatistics] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What a person should know: how evaluation data was held back, what was left out, unused parts of sources."""
