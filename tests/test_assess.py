@@ -71,6 +71,14 @@ def test_masking_refuses_what_is_not_there():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.9])
+def test_more_than_half_can_be_masked(share, tmp_path, data):
+    """P and N, which must have nothing in common, are then those of the default K."""
+    out = assessment.assess("tiny-llama", data, tmp_path / "out", samples=4, max_length=32, mask=share)
+    masking = json.loads((out / "assessment.json").read_text())["models"][0]["masking"]
+    assert masking["share"] == share and masking["top"]["loss"] != masking["none"]["loss"]
+
+
 @pytest.mark.parametrize(("there", "samples"), [(10, 3), (10, 5), (10, 7), (4, 10), (1, 1)])
 def test_sequences_to_measure_on_are_others(there, samples):
     chosen, others = assessment.choose_sequences(there, samples)

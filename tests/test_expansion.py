@@ -141,6 +141,23 @@ def test_operators_equal_oracle(family, options):
     check(family, torch.float64, wide=True, **options)
 
 
+@pytest.mark.parametrize("budget", [0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8])
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+def test_diagonals_equal_the_oracle_wherever_the_budget_ends(family, budget):
+    """Between all of N and all of P, which then has no diagonal."""
+    options = {"authors_diagonals": True, "trains": "half", "budget": budget}
+    try:
+        apex = Apex(tiny_model(family), ApexConfig(stages=1, k_heads=0.25, k_channels=0.25, **options), total_steps=1)
+    except UserError as error:
+        assert "needs N to train whole" in str(error) and budget < 0.6
+        return
+    assert any("have the diagonal on N alone" in note for note in apex.notes) == any(
+        tie.scale_p is None for tie in apex.ties
+    )
+    assert budget > 0.6 or any(tie.scale_p is None for tie in apex.ties)
+    check(family, torch.float64, **options)
+
+
 @pytest.mark.parametrize("budget", [0.06, 0.09, 0.14, 0.3])
 @pytest.mark.parametrize("family", ["qwen2", "phi3"])
 def test_small_budgets_equal_oracle(family, budget):

@@ -9,10 +9,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from graftlm.errors import UserError
-from graftlm.export.checking import TEXTS
+from graftlm.export.checking import TEXTS, check
 from graftlm.export.gguf import export_gguf
 from graftlm.export.llama_cpp import ask
-from graftlm.export.vocabulary import PROBE, WAYS, read_vocabulary, way_of
+from graftlm.export.vocabulary import PROBE, WAYS, name_in_file, read_vocabulary, way_of
 from graftlm.tiny import build_tiny_tokenizer
 
 CORPUS = [
@@ -75,6 +75,74 @@ def finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
     )
+
+
+def phi3() -> PreTrainedTokenizerFast:
+    """As Phi-3's: what a special token is followed by of white space is its own."""
+    tokenizer = sentencepiece(True)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    size = max(len(tokenizer), *(t["id"] + 1 for t in backend["added_tokens"]))
+    loose = {"single_word": False, "lstrip": False, "normalized": False, "special": True}
+    strips = {"</s>": True, "<|endoftext|>": False, "<|user|>": True, "<|end|>": True, "<|assistant|>": True}
+    known = {t["content"]: t for t in backend["added_tokens"]}
+    for token in ("<pad>", "<|im_start|>", "<|im_end|>", "<tool>"):
+        known[token]["rstrip"] = True
+    for i, (token, rstrip) in enumerate(strips.items()):
+        if token in known:
+            known[token]["rstrip"] = rstrip
+        else:
+            backend["added_tokens"].append({"id": size + i, "content": token, "rstrip": rstrip, **loose})
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), bos_token="<s>", eos_token="<|endoftext|>",
+        unk_token="<unk>", pad_token="<pad>", additional_special_tokens=["<|user|>", "<|end|>", "<|assistant|>"],
+    )  # fmt: skip
+
+
+CHAT = "<|user|>\nHi there<|end|>\n<|assistant|>\n  Hello <|end|> <|endoftext|>\nx"
+
+
+@pytest.mark.parametrize("name", ["small", "Phi-3-mini", "phi3"])
+def test_white_space_behind_special_tokens(name: str, tmp_path: Path) -> None:
+    """llama.cpp goes by the file's name, whatever that is."""
+    check_tokens(phi3(), tmp_path / f"{name}.gguf", [CHAT, *TEXTS_TO_SPLIT])
+    check_tokens(sentencepiece(True), tmp_path / f"{name}-other.gguf", TEXTS_TO_SPLIT)
+    expected = {"small": "small (phi-3)", "Phi-3-mini": "Phi-3-mini", "phi3": "phi3"}
+    assert name_in_file(name, phi3()) == expected[name]
+    assert "phi-3" not in name_in_file(name, sentencepiece(True)).lower()
+
+
+def test_the_check_sees_white_space_behind_special_tokens(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("graftlm.export.gguf.name_in_file", lambda name, tokenizer: name)
+    tokenizer = phi3()
+    model = tiny_model("llama", vocab_size=-(-len(tokenizer) // 8) * 8)
+    with pytest.raises(UserError, match="otherwise than the tokenizer"):
+        export_gguf(model, tokenizer, tmp_path / "m.gguf", inspect=lambda file: check(file, model, tokenizer, "f32"))
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_added_tokens_of_spaces_are_written_as_spaces(tmp_path: Path) -> None:
+    """As Gemma has them: llama.cpp writes such tokens as they stand in the file."""
+    tokenizer = sentencepiece(False)
+    tokenizer.add_tokens([AddedToken("▁" * n, special=False, normalized=True) for n in (2, 4)])
+    vocabulary = read_vocabulary(tokenizer, len(tokenizer))
+    assert [vocabulary.tokens[tokenizer.convert_tokens_to_ids("▁" * n)] for n in (2, 4)] == ["  ", "    "]
+    texts = ["def f():\n    return  1", "a  b", " x    y", TEXTS[0]]
+    assert any(vocabulary.tokens[i] == "    " for i in tokenizer(texts[0])["input_ids"])
+    check_tokens(tokenizer, tmp_path / "m.gguf", texts)
+
+
+def test_a_space_before_the_text_alone_is_a_note(tmp_path: Path) -> None:
+    """LlamaTokenizer with legacy: false, whose special tokens in a text llama.cpp reads otherwise."""
+    tokenizer = sentencepiece(True)
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    model = tiny_model("llama", vocab_size=-(-len(tokenizer) // 8) * 8)
+    found = []
+    written = export_gguf(
+        model, tokenizer, tmp_path / "m.gguf", inspect=lambda file: found.append(check(file, model, tokenizer, "f32"))
+    )
+    assert any("at the beginning alone" in note for note in written.notes)
+    assert found[0].texts == len(TEXTS)
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerFast, file: Path, texts: list[str]) -> None:

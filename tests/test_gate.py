@@ -1,5 +1,6 @@
 """The fused gate against the model's own two operations, by itself, as a Triton kernel, and inside models."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -302,6 +303,22 @@ def test_interval_goes_on_after_a_resume():
         train(apex, optimizer, REPEATED[:1])
         train(other, other_optimizer, REPEATED[:1])
     assert apex.recorder.samples == other.recorder.samples == dict.fromkeys(apex.recorder.samples, 16)
+
+
+@pytest.mark.parametrize("options", [{}, {"trains": "half", "budget": 0.8}])
+def test_a_deep_copy_computes_with_its_own_weights(options):
+    """As averages of weights and snapshots do: forwards that are replaced for training must not go along."""
+    model = tiny_model()
+    apex, _ = begun(model, stages=1, **options)
+    ids = batches(1)[0]["input_ids"]
+    snapshot = copy.deepcopy(model)
+    expected = model(ids).logits.detach()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for training in (False, True):
+        torch.testing.assert_close(snapshot.train(training)(ids).logits, expected)
+    apex.finish()
 
 
 def test_bad_interval():

@@ -7,9 +7,11 @@ import torch
 from tiny_loop import QUARTER, begun, same, train
 from tiny_models import batches, tiny_model
 
+from graftlm.anatomy import read_anatomy
 from graftlm.apex import Apex
 from graftlm.apex_config import ApexConfig
 from graftlm.errors import UserError
+from graftlm.importance import GradientScores
 
 
 def slow_scores(model, block, tensors) -> torch.Tensor:
@@ -44,6 +46,25 @@ def test_magnitude(family):
     for block in apex.anatomy.blocks:
         order = slow_scores(model, block, model.state_dict()).argsort(descending=True)
         assert torch.equal(apex.choices[block.name].order, order)
+
+
+def test_gradient_checkpointing_holds_while_gradients_are_assessed():
+    """Else a run that fits only with it would not get as far as its first step; and dropout stays off."""
+    found = []
+    for checkpoints in (False, True):
+        model = tiny_model(attention_dropout=0.5)
+        if checkpoints:
+            model.activation_checkpointing_enable()
+        passes = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        scores = GradientScores(model, read_anatomy(model).blocks)
+        model.train()
+        scores.run(batches(3))
+        assert len(passes) == (6 if checkpoints else 3)
+        assert all(module.training for module in model.modules())
+        found.append(scores.scores())
+    for name, values in found[0].items():
+        torch.testing.assert_close(values, found[1][name])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])

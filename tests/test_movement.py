@@ -84,5 +84,25 @@ def test_the_multiplier_that_auto_chose():
     assert found["lowest"] == min(apex.rates.multipliers) < found["median"] < found["highest"]
     apex, _ = begun(tiny_model(), operator_learning_rate=3.0)
     assert set(rate_multipliers(apex).values()) == {3.0}
+
+
+def test_the_authors_diagonals_move_at_the_optimizers_rate():
+    """What they scale is the weights themselves: operators' rates are for operators."""
+    apex, optimizer = begun(tiny_model(), operator_learning_rate=3.0, authors_diagonals=True)
+    diagonals = {id(p) for tie in apex.ties for p in (tie.scale_n, tie.scale_p) if p is not None}
+    seen = {}
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.update(
+            {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        )
+    )
+    train(apex, optimizer, batches(1))
+    rate = next(lr for key, (lr, decay) in seen.items() if decay and key not in diagonals)
+    operators = {id(p) for tie in apex.ties for p in tie.operator.parameters()}
+    assert diagonals and {seen[key] for key in diagonals} == {(rate, 0.0)}
+    assert {seen[key] for key in operators} == {(3 * rate, 0.0)}
+
+
+def test_without_operators_nothing_moves():
     apex, _ = begun(tiny_model(), expand=False)
     assert rate_multipliers(apex) == stage_movement(apex) == {}

@@ -13,12 +13,15 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from graftlm.export.verb import licence_of
 from graftlm.models import has_own_class, load_model, load_skeleton, load_tokenizer
+from graftlm.pruning import per_layer_modeling
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.saving import save_pruned
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import shapes_of
 from graftlm.pruning.surgery import add_output_biases, keep_components
+from graftlm.reporting.card import model_card
 from graftlm.tiny import build_tiny_tokenizer
 
 FAMILIES = (*TRAINED, "gemma2")
@@ -231,6 +234,18 @@ def test_opens_where_this_package_is_not(tokenizer, tmp_path, monkeypatch):
         assert torch.equal(logits(again), logits(model))
 
 
+def test_older_transformers_are_told_so():
+    """By the file itself, before it asks for what they lack."""
+    alone = (
+        "import runpy, sys, types\n"
+        "sys.modules['transformers'] = older = types.ModuleType('transformers')\n"
+        "older.__version__ = '4.57.1'\n"
+        f"runpy.run_path({per_layer_modeling.__file__!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True)
+    assert "needs transformers 5.14 or newer, and this is 4.57.1" in done.stderr.splitlines()[-1]
+
+
 def test_opening_here_runs_nothing_of_the_folder(tokenizer, tmp_path):
     model = per_layer()
     save_pruned(model, tokenizer, tmp_path)
@@ -289,6 +304,20 @@ def test_what_lies_beside_the_weights(tokenizer, tmp_path):
     assert "| 1 | 4 of 4 | 2 of 2 | 9 of 24 |" in card
     assert "trust_remote_code=True" in card and "load_model(" in card and "wiki text" in card
     assert "Adapt-Pruner" in card and "a \\| note" in card
+
+
+def test_the_licence_stays(tokenizer, tmp_path):
+    model = tiny_model()
+    save_pruned(keep_components(model, KEPT), tokenizer, tmp_path / "one")
+    card = tmp_path / "one" / "README.md"
+    card.write_text("---\nlicense: llama3.2\nlanguage: [en]\ndatasets: [a/b]\n---\n# Small\n")
+    pruned = keep_components(tiny_model(), KEPT)
+    save_pruned(pruned, tokenizer, tmp_path / "two", base_model=str(tmp_path / "one"))
+    assert licence_of(tmp_path / "two") == "llama3.2"
+    head = yaml.safe_load((tmp_path / "two" / "README.md").read_text().split("---")[1])
+    assert head["language"] == ["en"] and "datasets" not in head
+    summary = {"method": "full", "steps": 1}
+    assert "license: llama3.2" in model_card(summary, {}, str(tmp_path / "one"))
 
 
 def test_nothing_is_written_by_halves(tokenizer, tmp_path, monkeypatch):

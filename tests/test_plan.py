@@ -239,6 +239,21 @@ def test_plan_counts_small_data(tmp_path, monkeypatch):
     assert told[1]["evaluation_blocks"] is None
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("settings", [{"trains": "half", "budget": 0.8}, {"trains": "small", "budget": 0.2}, {}])
+def test_optimizer_state_of_slices_and_weights_of_other_numbers(settings, dtype):
+    """Slices and operators train in float32 beside bfloat16 embeddings, of which two layers have a larger share than
+    twelve."""
+    model = tiny_model("llama", getattr(torch, dtype), num_hidden_layers=12, vocab_size=2048)
+    k = {"k_heads": 0.25, "k_channels": 0.25}
+    planned = estimate(config(dtype=dtype, apex={**k, **settings, "stages": 1}), model, None)
+    apex = Apex(model, ApexConfig(**k, **settings, stages=1), total_steps=1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    exact = sum(2 * p.nbytes for p in trained)  # AdamW's two moments, in the parameter's own numbers
+    assert planned["memory"]["optimizer state"] == pytest.approx(exact, rel=0.02)
+    apex.finish()
+
+
 def test_rows_that_are_padded_are_planned_as_long_as_they_get(tmp_path, monkeypatch):
     """One conversation in eight is long: so is a row of nearly every batch, and memory is that of the longest."""
     monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path / "cache"))

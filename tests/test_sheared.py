@@ -115,13 +115,17 @@ def test_target_is_met_and_layers_are_alike(family):
 
 def test_masks_only_leaves_the_weights():
     model, original = tiny_model(), tiny_model()
+    grads = []
     learn_masks(
         model,
         prunable_blocks(model),
         {b.name: 0.5 for b in prunable_blocks(model)},
         calibration,
         chosen(sheared_weight_rate=0.0),
+        heard=lambda step, sparsities: grads.extend(p.grad for p in model.parameters()),
     )
+    assert grads and all(grad is None for grad in grads)  # none is computed, and added up, for nothing
+    assert all(parameter.requires_grad for parameter in model.parameters())
     for (name, now), then in zip(model.named_parameters(), original.parameters(), strict=True):
         assert torch.equal(now, then), name
         assert now.grad is None

@@ -114,6 +114,14 @@ def test_other_settings_are_refused(whole, model):
         quiet_shrink(other)
 
 
+def test_a_schedule_of_the_shrink_s_own_that_is_left_out_is_refused(model, tmp_path):
+    """A mapping's keys stand in one of the two files alone."""
+    own = tiny_shrink(tmp_path, model=model, train={"lr_scheduler_kwargs": {"min_lr_ratio": 0.5}})
+    assert start(own, kill_at="phase_02/pruned") == -signal.SIGKILL
+    with pytest.raises(UserError, match=r"train\.lr_scheduler_kwargs"):
+        quiet_shrink(tiny_shrink(tmp_path, model=model))
+
+
 def test_changed_data_is_refused(whole, model, tmp_path):
     task = make_shrink(tmp_path, "moments", model)
     assert start(task, kill_at="phase_01/train/summary.json") == -signal.SIGKILL

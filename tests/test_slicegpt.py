@@ -170,6 +170,12 @@ def test_families_that_cannot_are_refused(family):
     assert "\n" not in str(refused.value)
 
 
+def test_a_layer_is_not_split_between_devices(family="llama"):
+    sliced = prune(tiny_model(family), PruneSettings(method="slicegpt", sparsity=0.2), calibration).model
+    layers = {type(layer).__name__ for layer in sliced.model.layers}
+    assert layers == {"SlicedLlamaDecoderLayer"} <= set(sliced._no_split_modules)
+
+
 def test_a_sliced_model_trains():
     model = prune(model_of("llama"), PruneSettings(method="slicegpt", sparsity=0.4), calibration).model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -1,9 +1,12 @@
-"""A stage that starts by splitting: the output stays but for what N gave, the copies part, and it can be taken back."""
+"""A stage that starts by splitting: the output stays but for what N gave, the copies part, and what costs too much is
+left out."""
 
 import copy
+import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_loop import QUARTER, REPEATED, begun, copied, same, train
@@ -16,7 +19,7 @@ from graftlm.apex_config import ApexConfig
 from graftlm.errors import UserError
 from graftlm.held_out import mean_loss
 from graftlm.importance import with_labels
-from graftlm.splitting import most, split
+from graftlm.splitting import Splitter, most, split
 
 BATCH = batches(1)[0]
 
@@ -98,16 +101,16 @@ def test_a_run_splits_at_every_stage_and_learns():
     losses = train(apex, optimizer, REPEATED)
     assert losses[-1] < losses[0]
     assert len([n for n in apex.notes if "splitting" in n]) == 4  # two kinds, two stages
-    assert not [n for n in apex.notes if "taken back" in n]
+    assert not [n for n in apex.notes if "left out" in n]
 
 
-def test_a_split_that_costs_too_much_is_taken_back():
+def test_a_split_that_costs_too_much_is_left_out():
     runs = []
     for options in ({}, {"start": "split", "split_tolerance": -10.0}):
         model = tiny_model()
         apex, optimizer = begun(model, stages=2, **options)
         losses = train(apex, optimizer, REPEATED)
-        runs.append((losses[:6], [n for n in apex.notes if "taken back" in n]))
+        runs.append((losses[:6], [n for n in apex.notes if "left out" in n]))
     assert len(runs[1][1]) == 4
     assert runs[0][0][0] == runs[1][0][0]
 
@@ -144,7 +147,7 @@ def test_layers_whose_weak_are_dead_are_split_and_others_left_alone():
     assert split_in == {1}
     assert (after["model.layers.1.mlp.down_proj.weight"][:, -dead:].abs().sum(0) > 0).all()
     (note,) = [n for n in apex.notes if "splitting channels" in n]
-    assert "taken back in 2 of 3 layers; in the others by" in note
+    assert "left out in 2 of 3 layers; in the others by" in note
     ids = BATCH["input_ids"]
     fresh = tiny_model(num_hidden_layers=3)
     fresh.load_state_dict(before)
@@ -155,7 +158,7 @@ def test_layers_whose_weak_are_dead_are_split_and_others_left_alone():
     torch.testing.assert_close(model(input_ids=ids).logits, fresh(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_taking_back_restores_every_bit_of_weights_and_moments():
+def test_a_split_that_is_left_out_leaves_every_bit_of_weights_and_moments():
     model = tiny_model()
     apex, optimizer = begun(model, start="split", split_tolerance=10.0)
     train(apex, optimizer, REPEATED[:2])
@@ -168,6 +171,42 @@ def test_taking_back_restores_every_bit_of_weights_and_moments():
     for before, after in zip(moments, [optimizer.state[p] for p in model.parameters() if p in optimizer.state],
                              strict=False):  # fmt: skip
         same(before, {k: v for k, v in after.items() if torch.is_tensor(v)})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_what_is_measured_is_what_the_split_model_loses(family):
+    """Without the N of the blocks, in place of splitting them to see."""
+    model = tiny_model(family)
+    apex, _ = begun(model, start="split", split_tolerance=10.0, stages=1)
+    told = [float(re.search(r"by ([+-][0-9.]+) nats", note)[1]) for note in apex.notes if "splitting" in note]
+    untouched = tiny_model(family)
+    labelled = [with_labels(batch) for batch in apex.splitter._batches]
+    assert sum(told) == pytest.approx(mean_loss(model, labelled) - mean_loss(untouched, labelled), abs=2e-4)
+
+
+def test_processes_get_their_own_batches_back(monkeypatch):
+    """Each measures on its own; going on with another number of them, they are dealt out."""
+    splitters = [Splitter(tiny_model(), read_anatomy(tiny_model()), 0.1) for _ in range(3)]
+    for number, splitter in enumerate(splitters):
+        splitter._batches = [{"input_ids": torch.tensor([[10 * number + i]])} for i in range(2)]
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+
+    def gather(found, own):
+        found[:] = [splitter._batches for splitter in splitters]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    states = [splitter.state() for splitter in splitters]
+    same(states[0], states[1])
+    for world in (3, 2):
+        monkeypatch.setattr(dist, "get_world_size", lambda world=world: world)
+        seen = []
+        for rank in range(world):
+            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+            again = Splitter(tiny_model(), read_anatomy(tiny_model()), 0.1)
+            again.load_state(states[0])
+            seen.append([int(batch["input_ids"]) for batch in again._batches])
+        assert seen == ([[0, 1], [10, 11], [20, 21]] if world == 3 else [[0, 20, 11], [10, 1, 21]])
 
 
 def test_moments_follow_the_copies():

@@ -240,7 +240,7 @@ class ActivationRecorder:
         position_ids); returns the rows seen. The model's mode is put back."""
         device = next(self.model.parameters()).device
         # Logits of all tokens would take more memory than all else, and nobody looks at them.
-        last: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(self.model) else {}
+        last = no_logits(self.model)
         self._forced = True
         rows = 0
         try:
@@ -343,6 +343,6 @@ class ActivationRecorder:
             self._fused.close()
 
 
-def _keeps_logits(model: nn.Module) -> bool:
-    """Whether the model can be asked for the logits of its last tokens alone."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+def no_logits(model: nn.Module) -> dict[str, Any]:
+    """What a forward pass is told whose logits nobody looks at: those of the last token are enough, if it can be."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

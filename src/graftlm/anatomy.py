@@ -128,6 +128,10 @@ class Block:
         """Ranked units per component."""
         return self.ranked // self.components
 
+    def units(self, components: Tensor) -> Tensor:
+        """What is ranked of `components` [n]: int64 [n * slots]."""
+        return (components[:, None] * self.slots + torch.arange(self.slots, device=components.device)).flatten()
+
 
 @dataclass(frozen=True)
 class Anatomy:

@@ -78,17 +78,20 @@ class Apex:
         self.expansions = [Expansion(model, block, self._ties(block)) for block in self.anatomy.blocks]
         self.ties = [tie for expansion in self.expansions for tie in expansion.ties]
         self._expansion_of = {tie.name: expansion for expansion in self.expansions for tie in expansion.ties}
-        self.operator_parameters = sum(p.numel() for tie in self.ties for p in tie.parameters())
+        on_p = sum(tie.scale_p is not None for tie in self.ties)
         self.budget = plan_budget(
             model,
             self.anatomy,
             self.sizes,
-            self.operator_parameters,
+            sum(p.numel() for tie in self.ties for p in tie.parameters()),
             config.trains,
             config.trainable_budget,
             n_first=config.authors_diagonals,
         )
         self.slices = SlicedTraining(model, self.budget, self.expansions) if self.budget.blocks else None
+        self._without_p = on_p - sum(tie.scale_p is not None for tie in self.ties)
+        """Operators without the authors' diagonal on P."""
+        self.operator_parameters = sum(p.numel() for tie in self.ties for p in tie.parameters())
         self.container = nn.ModuleDict({tie.name: tie for tie in self.ties})
         if self.slices is not None:
             self.container["slices"] = self.slices
@@ -171,6 +174,11 @@ class Apex:
                 low, high = f"{min(shares):.2%}", f"{max(shares):.2%}"
                 became = low if low == high else f"{low} to {high} (by layer)"
                 notes.append(f"{kind}: K = {asked:.2%} becomes {became} when rounded on {unit}")
+        if self._without_p:
+            notes.append(
+                f"authors_diagonals: P does not train whole at {self._without_p} of {len(self.ties)} operators, which "
+                "have the diagonal on N alone"
+            )
         if self.slices is not None:
             aim = self.config.trainable_budget
             notes.append(f"trainable: {self.budget.fraction:.3%} of all parameters (budget {aim:.3%})")

@@ -87,9 +87,9 @@ def assess(
     Writes activations.safetensors (LABEL/KIND/LAYER: float32 [heads or channels]), assessment.json and plots/*.png, and
     prints a table. `mask`: share of the heads and of the channels of each block that are switched off together: the
     strongest, the weakest, random ones; the loss without them is measured on other sequences of the data where there
-    are any. P and N are drawn up for K = `mask`, else for the default K. `prune_sensitivity`: share of the key-value
-    groups and channels of one layer at a time, the least important to pruning, without which the loss is measured on
-    those other sequences.
+    are any. P and N are drawn up for K = `mask`, as far as they can be, else for the default K. `prune_sensitivity`:
+    share of the key-value groups and channels of one layer at a time, the least important to pruning, without which
+    the loss is measured on those other sequences.
 
     Raises UserError for models and data that cannot be opened or assessed, and first for an `out` that cannot be
     written; `out` then has no assessment.json.
@@ -138,7 +138,9 @@ def _assess_one(
     check_vocabulary(model, tokenizer)
     anatomy = read_anatomy(model)
     defaults = ApexConfig()
-    shares: dict[Kind, float] = {"heads": mask or defaults.k_heads, "channels": mask or defaults.k_channels}
+    shares: dict[Kind, float] = {"heads": defaults.k_heads, "channels": defaults.k_channels}
+    if mask is not None:  # where P and N of that size have nothing in common
+        shares |= {kind: mask for kind in anatomy.kinds if _disjoint(anatomy, kind, mask)}
     chosen, others = choose_sequences(len(prepared.train), samples)  # type: ignore[arg-type]
     recorder = ActivationRecorder(model, anatomy, shares)
     tokens = 0
@@ -224,6 +226,10 @@ def _layers(anatomy: Anatomy, recorder: ActivationRecorder, means: Mapping[Any, 
 def ranking(recorder: ActivationRecorder, block: str) -> Tensor:
     """Units of a block from the highest score to the lowest, ties by index: int64 [ranked]."""
     return recorder.votes[block].cpu().argsort(descending=True, stable=True)
+
+
+def _disjoint(anatomy: Anatomy, kind: Kind, share: float) -> bool:
+    return all(2 * count_of(share, block.components) <= block.components for block in anatomy.of_kind(kind))
 
 
 def _masking(

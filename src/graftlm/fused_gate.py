@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from graftlm.anatomy import Block
 from graftlm.gate import gated_product, name_of
+from graftlm.modes import replace_forward
 from graftlm.samples import Samples
 
 
@@ -35,7 +36,7 @@ class FusedGates:
         self._model, self._wanted, self._see, self._off = model, wanted, see, off
         self.notes: list[str] = []
         """Why some FFN computes as before."""
-        self._installed: list[nn.Module] = []
+        self._undo: list[Callable[[], None]] = []
         reasons = [self._install(block) for block in blocks]
         for reason in dict.fromkeys(filter(None, reasons)):
             self.notes.append(f"fused_gate: not used where {reason}; channels are assessed by a hook there")
@@ -73,12 +74,11 @@ class FusedGates:
             result = feed_forward.get_submodule(local["down"])(product)
             return result
 
-        feed_forward.forward = forward  # type: ignore[method-assign]
-        self._installed.append(feed_forward)
+        self._undo.append(replace_forward(feed_forward, forward))
         return None
 
     def close(self) -> None:
         """Give every FFN its own forward back."""
-        for feed_forward in self._installed:
-            del feed_forward.forward
-        self._installed = []
+        for undo in self._undo:
+            undo()
+        self._undo = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graftlm.anatomy import Block, Matrix, linear
 from graftlm.fused_loss import IGNORED
-from graftlm.modes import evaluating
+from graftlm.modes import checkpointing, evaluating
 from graftlm.panels import local
 from graftlm.sharding import is_first, is_sharded, sum_gradients, summed
 
@@ -101,6 +101,7 @@ class GradientScores:
         model, rows = self._model, 0
         device = next(model.parameters()).device
         with evaluating(model):
+            checkpointing(model)
             model.zero_grad()
             for batch in batches:
                 inputs = with_labels({key: value.to(device) for key, value in batch.items()})

@@ -1,4 +1,7 @@
-"""Operators in the optimizer: parameter groups of their own, without weight decay, at a learning rate of their own."""
+"""Operators in the optimizer: parameter groups of their own, without weight decay, at a learning rate of their own.
+
+The authors' diagonals are no operators: without weight decay too, but at the optimizer's rate.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -45,10 +48,14 @@ class OperatorRates:
         places = range(len(self._ties))
         self._groups = []
         for ties in [[i] for i in places] if self._apart else [list(places)]:
-            parameters = [p for i in ties for p in self._ties[i].parameters()]
+            parameters = [p for i in ties for p in self._ties[i].operator.parameters()]
             if parameters:
                 optimizer.add_param_group({**template, "params": parameters, "weight_decay": 0.0})
                 self._groups.append((len(optimizer.param_groups) - 1, ties[0]))
+        operators = {id(p) for tie in self._ties for p in tie.operator.parameters()}
+        diagonals = [p for tie in self._ties for p in tie.parameters() if id(p) not in operators]
+        if diagonals:
+            optimizer.add_param_group({**template, "params": diagonals, "weight_decay": 0.0})
 
     def begin_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._before = {group: optimizer.param_groups[group]["lr"] for group, _ in self._groups}

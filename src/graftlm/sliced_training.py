@@ -49,6 +49,8 @@ class SlicedTraining(nn.Module):
                         "apex.authors_diagonals: needs N to train whole, and the budget does not hold it in layer "
                         f"{block.layer} ({block.kind}); raise apex.budget, lower apex.k_{block.kind}, or train in full"
                     )
+                if tie.k > count.p * block.width:
+                    tie.leave_p()
         self._scatter = GradientScatter() if is_sharded(model) else None
         self.slices = nn.ModuleDict(
             {_key(m): Slice(linear(model, m), self._dims[m], n) for m, n in counts.items() if n > 0}

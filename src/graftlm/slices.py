@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftlm.modes import replace_forward
 from graftlm.operators import Operator
 from graftlm.panels import Place, local
 from graftlm.scattering import GradientScatter
@@ -233,5 +234,4 @@ def install(layer: nn.Linear, plan: Plan) -> Callable[[], None]:
             trained += list(route.operator.parameters())
         return _SlicedLinear.apply(x, layer.weight, layer.bias, plan, *trained)  # type: ignore[no-any-return]
 
-    layer.forward = forward  # type: ignore[assignment]
-    return lambda: layer.__dict__.pop("forward", None)
+    return replace_forward(layer, forward)

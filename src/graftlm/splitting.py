@@ -5,15 +5,18 @@ what N contributed before, which is let go. Both then learn apart. The zero star
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from graftlm.advantage import Choice
 from graftlm.anatomy import Anatomy, Block, Kind
 from graftlm.held_out import mean_loss
 from graftlm.importance import with_labels
+from graftlm.masking import masked
 from graftlm.panels import Place
 from graftlm.parts import Part, parts_in
 
@@ -61,44 +64,6 @@ def _moments(parameter: Tensor, optimizer: torch.optim.Optimizer | None) -> list
     """What the optimizer keeps of every entry of `parameter`."""
     state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
     return [m for m in state.values() if torch.is_tensor(m) and m.shape == parameter.shape]
-
-
-class _Splits:
-    """Blocks of which the first ones are split, as many as asked."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Sequence[Block],
-        choices: Mapping[str, Choice],
-        generators: Mapping[str, torch.Generator],
-        optimizer: torch.optim.Optimizer | None,
-    ):
-        self._model, self._optimizer = model, optimizer
-        self._blocks = [(block, choices[block.name], generators[block.name]) for block in blocks]
-        self._drawn = [generator.get_state() for _, _, generator in self._blocks]
-        self._kept = [self._remember(block, choice) for block, choice, _ in self._blocks]
-        self.total, self._done = len(blocks), 0
-
-    def turn_to(self, count: int) -> None:
-        """Have the first `count` blocks split, and no other."""
-        for number in range(self._done, count):
-            block, choice, generator = self._blocks[number]
-            generator.set_state(self._drawn[number])  # so that a block is split alike every time
-            split(self._model, block, choice, generator, self._optimizer)
-        for number in range(count, self._done):
-            for place, tensor, panel in self._kept[number]:
-                place.put_(tensor, panel)
-        self._done = count
-
-    def _remember(self, block: Block, choice: Choice) -> list[tuple[Place, Tensor, Tensor]]:
-        """All that a split writes to: where, in which tensor, and what is there now."""
-        found = []
-        for matrix in (*block.mixed, *block.followers):
-            for part in parts_in(self._model, matrix):
-                for tensor in (part.parameter, *_moments(part.parameter, self._optimizer)):
-                    found += [(place, tensor, place.take(tensor)) for place in _places(part, choice)]
-        return found
 
 
 def activity(block: Block, choice: Choice, activations: Tensor) -> float:
@@ -159,34 +124,44 @@ class Splitter:
                 self._anatomy.of_kind(kind),
                 key=lambda block: activity(block, choices[block.name], activations[block.kind][block.layer]),
             )
-            splits = _Splits(self._model, blocks, choices, generators, optimizer)
-            rise, note = self._split_most(splits, before)
+            done, rise, note = self._most([(block, choices[block.name]) for block in blocks], before)
             before += rise
             self.notes.append(f"stage {stage + 1}: splitting {kind} {note}")
+            for block in blocks[:done]:
+                split(self._model, block, choices[block.name], generators[block.name], optimizer)
 
-    def _split_most(self, splits: _Splits, before: float) -> tuple[float, str]:
-        """Split as many blocks as the tolerance allows: by how much the loss rose, and what to say of it."""
+    def _most(self, blocks: Sequence[tuple[Block, Choice]], before: float) -> tuple[int, float, str]:
+        """How many of `blocks`, from the first, may be split, by how much the loss then rises, and what to say of it.
+
+        A split model computes what it does without the N of those blocks, so that is what is measured.
+        """
         rises = {0: 0.0}
 
         def fits(count: int) -> bool:
-            splits.turn_to(count)
-            rises[count] = self._loss() - before
+            units = {block.name: block.units(choice.disadvantageous) for block, choice in blocks[:count]}
+            with masked(self._model, self._anatomy, units):
+                rises[count] = self._loss() - before
             return rises[count] <= self._tolerance
 
-        done = most(splits.total, fits)
-        splits.turn_to(done)
-        note = f"changed the loss by {rises[splits.total]:+.4f} nats"
-        if done < splits.total:
-            note += f", more than split_tolerance ({self._tolerance}), and was taken back in {splits.total - done} of "
-            note += f"{splits.total} layers" + (f"; in the others by {rises[done]:+.4f}" if done else "")
-        return rises[done], note
+        total, done = len(blocks), most(len(blocks), fits)
+        note = f"changed the loss by {rises[total]:+.4f} nats"
+        if done < total:
+            note += f", more than split_tolerance ({self._tolerance}), and is left out in {total - done} of "
+            note += f"{total} layers" + (f"; in the others by {rises[done]:+.4f}" if done else "")
+        return done, rises[done], note
 
     def _loss(self) -> float:
         """On the first batches, over all of their tokens where none is supervised."""
         return mean_loss(self._model, [with_labels(batch) for batch in self._batches])
 
     def state(self) -> dict[str, Tensor]:
-        batches = {f"{i}.{key}": value for i, batch in enumerate(self._batches) for key, value in batch.items()}
+        """Of all processes, in turn: each measures on batches of its own. All must ask."""
+        everybody: list[Any] = [self._batches]
+        if dist.is_initialized():
+            everybody = [None] * dist.get_world_size()
+            dist.all_gather_object(everybody, self._batches)
+        kept = [batch for several in zip_longest(*everybody) for batch in several if batch is not None]
+        batches = {f"{i}.{key}": value for i, batch in enumerate(kept) for key, value in batch.items()}
         return batches | {"notes": torch.tensor(list("\n".join(self.notes).encode()), dtype=torch.uint8)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -196,4 +171,5 @@ class Splitter:
         for name, value in told.items():
             number, _, key = name.partition(".")
             batches.setdefault(int(number), {})[key] = value
-        self._batches = [batches[i] for i in sorted(batches)]
+        processes, mine = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        self._batches = [batches[i] for i in sorted(batches)[mine::processes]]

@@ -66,6 +66,10 @@ class Tie(nn.Module):
         on_p = self.scale_p[row][:, None] if self.scale_p is not None and piece.dim == 0 else None
         return self.scale_n[row][:, None], on_p
 
+    def leave_p(self) -> None:
+        """Do without the diagonal on P, whose gradient is read off in that of all of P."""
+        self.scale_p = None
+
     def reset(self, generator: torch.Generator, scale: float = 1.0) -> None:
         """Start of a stage: an operator of exactly zero, its D scaled by `scale`; diagonals of exactly one."""
         self.operator.reset(generator, scale)

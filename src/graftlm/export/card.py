@@ -1,32 +1,14 @@
 """The model card of an exported folder: what it was made from, and what became of its shapes."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from graftlm.pruning.card import layer_table
 from graftlm.pruning.shapes import LayerShape
-from graftlm.reporting.card import cell, code, front_matter, how_to_open
+from graftlm.reporting.card import cell, code, front_matter, how_to_open, kept_matter, source_card
 
-KEPT = ("license", "license_name", "license_link", "base_model", "datasets", "language")
-"""What an exported model has in common with the one it was made from, in the front matter of cards."""
-
-
-def source_card(model: str) -> tuple[dict[str, Any], str]:
-    """Front matter and text of the card in the folder `model`; both empty where there is none, or it cannot be read."""
-    file = Path(model) / "README.md"
-    if not file.is_file():
-        return {}, ""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    head = re.match(r"---\n(.*?)\n---\n?", text, re.DOTALL)
-    try:
-        matter = yaml.safe_load(head[1]) if head else {}
-    except yaml.YAMLError:
-        matter = {}
-    return (matter if isinstance(matter, dict) else {}), text[head.end() :].strip() if head else text.strip()
+OF_ITS_TRAINING = ("datasets",)
+"""What an exported model has in common with the one it was made from, beside what every model made from one has."""
 
 
 def copied_card(model: str) -> str:
@@ -45,7 +27,7 @@ def padded_card(
     """Of a pruned model whose layers were filled up with zeros to one shape."""
     matter, _ = source_card(model)
     parts = [
-        front_matter(["pruned"], model, more={key: matter[key] for key in KEPT if key in matter}),
+        front_matter(["pruned"], model, more=kept_matter(model, *OF_ITS_TRAINING)),
         f"# {cell(Path(model).name)}, padded",
         f"`{code(model)}`, whose layers are of different widths, filled up with zeros by graftlm to "
         f"{after.num_attention_heads} heads, {after.num_key_value_heads} key-value groups and "

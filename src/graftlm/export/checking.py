@@ -1,5 +1,6 @@
 """Whether a GGUF file computes what the model does: llama.cpp's tokens and log-probabilities against ours."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftlm.errors import UserError
 from graftlm.export.llama_cpp import ask
+from graftlm.export.vocabulary import prefixes_first_only
 
 TOLERANCE = 1e-3
 """Float32: largest difference of a log-probability, in nats, that is no mistake. Random tiny models differ by 1e-6,
@@ -71,7 +73,7 @@ def check(file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         model = model.double()
     elif kind not in CORRELATION:
         model = model.float()
-    texts = [*TEXTS, _with_specials(tokenizer)]
+    texts = [*TEXTS, *_with_specials(tokenizer)]
     ids = tokenizer(TEXT)["input_ids"][:POSITIONS]
     if not ids:
         raise UserError(f"export: the tokenizer makes no tokens of {TEXT!r}; there is nothing to check with")
@@ -126,6 +128,10 @@ def tolerance_of(model: PreTrainedModel) -> float:
     return GELU_TOLERANCE if "gelu" in activation else TOLERANCE
 
 
-def _with_specials(tokenizer: PreTrainedTokenizerBase) -> str:
+def _with_specials(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts with special tokens in them, followed by words and by white space, as in chat templates; none where
+    llama.cpp is known to read such text otherwise (vocabulary.AFTER_SPECIAL)."""
+    if prefixes_first_only(json.loads(tokenizer.backend_tokenizer.to_str())):
+        return []
     specials = list(dict.fromkeys(tokenizer.all_special_tokens))[:8]
-    return "".join(f"{token}word{i}" for i, token in enumerate(specials)) + " end"
+    return ["".join(f"{token}{space}word{i}" for i, token in enumerate(specials)) + " end" for space in ("", "\n ")]

@@ -21,7 +21,7 @@ from graftlm.errors import UserError
 from graftlm.export.facts import Facts, read_facts
 from graftlm.export.targets import Target, check_family, choose_target
 from graftlm.export.tensors import Piece, pieces, written_shapes
-from graftlm.export.vocabulary import write_vocabulary
+from graftlm.export.vocabulary import name_in_file, write_vocabulary
 from graftlm.files import atomic_path, remove_unfinished
 
 KINDS = {
@@ -85,8 +85,9 @@ def export_gguf(
     if kind == "q8_0":
         _check_blocks(found, facts)
     writer = GGUFWriter(None, target.name)
-    notes = _write_metadata(writer, facts, target, quantum, kind, _size_label(model), name or path.stem, licence)
-    write_vocabulary(writer, tokenizer, facts.rows)
+    title = name_in_file(name or path.stem, tokenizer)
+    notes = _write_metadata(writer, facts, target, quantum, kind, _size_label(model), title, licence)
+    notes += write_vocabulary(writer, tokenizer, facts.rows).notes
     for piece in found:
         own = _kind_of(piece, kind)
         shape = quants.quant_shape_to_byte_shape(piece.shape, own)

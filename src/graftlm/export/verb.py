@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import UserError
+from graftlm.files import remove_unfinished
 
 FORMATS = ("gguf", "padded", "stock")
 KINDS = ("f32", "f16", "bf16", "q8_0")
@@ -133,6 +134,7 @@ def _folder(args: argparse.Namespace) -> None:
         raise UserError("export: --out is the model's own folder; name another")
     if args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"export: --out {args.out} is there and not empty; name another folder, or delete it")
+    remove_unfinished(args.out.parent, args.out.name)  # of an export that was killed
     model = _load(args.model, args.trust_remote_code)
     model_type = str(model.config.model_type)
     stock = type(model).__module__.startswith("transformers.models.")
@@ -185,7 +187,7 @@ def _default_file(model: str, kind: str) -> Path:
 
 def licence_of(folder: Path) -> str | None:
     """What the model card in `folder` says its licence is."""
-    from graftlm.export.card import source_card
+    from graftlm.reporting.card import source_card
 
     found = source_card(str(folder))[0].get("license")
     return str(found) if isinstance(found, str) else None

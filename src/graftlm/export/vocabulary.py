@@ -49,6 +49,13 @@ PROBE = (
 )
 """Text on which the ways differ."""
 
+PHI3_MARKS = ("phi-3", "phi3")
+PHI3_ASKS_FOR = ("</s>", "<unk>", "<s>", "<|endoftext|>")
+"""Tokens without which llama.cpp refuses a file of such a name."""
+AFTER_SPECIAL = (
+    "llama.cpp puts a space before text that follows a special token, this tokenizer does so at the beginning alone; "
+    "what chat templates write differs by that"
+)
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPACE = "▁"
 
@@ -66,6 +73,8 @@ class Vocabulary:
     merges: list[str]
     scores: list[float] | None
     space_prefix: bool | None
+    notes: tuple[str, ...] = ()
+    """What somebody who uses the file must know."""
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
@@ -81,6 +90,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
     if kind != "BPE":
         raise UserError(f"export: a {kind} tokenizer; byte-pair encodings (BPE) can be put into GGUF, others not yet")
     tokens, types = _tokens(tokenizer, described, rows)
+    notes = []
     merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
     if "ByteLevel" in json.dumps([described["pre_tokenizer"], described["decoder"]]):
         if (described["normalizer"] or {}).get("type") not in (None, "NFC"):
@@ -88,8 +98,34 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
         way = way_of(backend, bool(described["model"].get("ignore_merges")))
         return Vocabulary("gpt2", way, tokens, types, merges or [_never(tokenizer)], None, None)
     prefix = _space_prefix(backend)
+    if prefix and prefixes_first_only(described):
+        notes.append(AFTER_SPECIAL)
     types = [_sentencepiece_type(t, kind, described) for t, kind in zip(tokens, types, strict=True)]
-    return Vocabulary("llama", "default", tokens, types, [], _scores(tokens, described), prefix)
+    scores = _scores(tokens, described)
+    for added in described["added_tokens"]:
+        if not added["special"]:  # llama.cpp writes them as they are, and spaces of other tokens as spaces
+            tokens[added["id"]] = added["content"].replace(_SPACE, " ")
+    return Vocabulary("llama", "default", tokens, types, [], scores, prefix, tuple(notes))
+
+
+def prefixes_first_only(described: dict[str, Any]) -> bool:
+    """Whether a SentencePiece tokenizer puts a space before the text alone, and not after special tokens in it too, as
+    llama.cpp does. `described`: its tokenizer.json."""
+    pre_tokenizer = described["pre_tokenizer"] or {}
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    return any(step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first" for step in steps)
+
+
+def name_in_file(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`name` such that llama.cpp treats white space behind special tokens as the tokenizer does: of files whose name
+    has "phi-3" in it, and of no others, it leaves it out."""
+    known = tokenizer.get_vocab()
+    added = tokenizer.added_tokens_decoder.values()
+    strips = any(token.special and token.rstrip for token in added) and all(one in known for one in PHI3_ASKS_FOR)
+    marked = any(mark in name.lower() for mark in PHI3_MARKS)
+    if strips and not marked:
+        return f"{name} ({PHI3_MARKS[0]})"
+    return re.sub(r"(?i)phi-?3", "phi 3", name) if marked and not strips else name
 
 
 def way_of(backend: Tokenizer, ignore_merges: bool) -> str:

@@ -26,6 +26,7 @@ from graftlm.errors import UserError
 from graftlm.methods.base import Batches, Method
 from graftlm.methods.masks import top_entries
 from graftlm.methods.sparse_settings import LiftSettings
+from graftlm.modes import replace_forward
 from graftlm.parts import count_parameters
 from graftlm.training.config import RunConfig
 
@@ -111,8 +112,7 @@ def install(layer: nn.Linear, entries: Entries) -> Callable[[], None]:
         found: Tensor = _EntriesLinear.apply(x, layer.weight, layer.bias, entries.index, entries.values)
         return found
 
-    layer.forward = forward  # type: ignore[assignment]
-    return lambda: layer.__dict__.pop("forward", None)
+    return replace_forward(layer, forward)
 
 
 class Lift(Method):

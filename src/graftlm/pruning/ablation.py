@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from graftlm.anatomy import Block, read_anatomy
+from graftlm.fused_loss import fused_where_it_fits
 from graftlm.held_out import mean_loss
 from graftlm.importance import with_labels
 from graftlm.masking import masked
@@ -22,13 +23,13 @@ def ablation(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[
     """
     anatomy = read_anatomy(model, smallest=1)
     labelled = [with_labels(batch) for batch in batches]
-    whole = mean_loss(model, labelled)
     rises: dict[str, Tensor] = {}
-    for block in blocks:
-        found = torch.zeros(block.components)
-        for component in range(block.components):
-            units = component * block.slots + torch.arange(block.slots)
-            with masked(model, anatomy, {block.name: units}):
-                found[component] = mean_loss(model, labelled) - whole
-        rises[block.name] = found
+    with fused_where_it_fits(model):
+        whole = mean_loss(model, labelled)
+        for block in blocks:
+            found = torch.zeros(block.components)
+            for component in range(block.components):
+                with masked(model, anatomy, {block.name: block.units(torch.tensor([component]))}):
+                    found[component] = mean_loss(model, labelled) - whole
+            rises[block.name] = found
     return rises

@@ -11,7 +11,7 @@ from graftlm.pruning.base import Pruned
 from graftlm.pruning.shapes import LayerShape, shapes_of
 from graftlm.pruning.ways import calibration_in_words, sequences_seen
 from graftlm.reporting import figures
-from graftlm.reporting.card import cell, code, front_matter, how_to_open, markdown_table
+from graftlm.reporting.card import cell, code, front_matter, how_to_open, kept_matter, markdown_table
 
 
 def pruned_card(
@@ -33,7 +33,7 @@ def pruned_card(
     if isinstance(pruned, Pruned):
         title += f" with {figures.PRUNING_NAMES.get(pruned.settings.method, pruned.settings.method)}"
     parts = [
-        front_matter(["pruned"], base_model),
+        front_matter(["pruned"], base_model, more=kept_matter(base_model)),
         title,
         _what_was_done(pruned, base_model, data) if isinstance(pruned, Pruned) else "",
         "## How to use it",

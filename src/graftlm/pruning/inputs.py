@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.activations import MODEL_INPUTS
+from graftlm.activations import MODEL_INPUTS, no_logits
 from graftlm.anatomy import Block, linear
 from graftlm.modes import evaluating
 from graftlm.pruning.base import Batch
@@ -43,7 +43,7 @@ def watch_inputs(model: nn.Module, blocks: Sequence[Block], batches: Iterable[Ba
                 inputs = {key: value.to(device) for key, value in batch.items() if key in MODEL_INPUTS}
                 mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
                 tokens.append(mask.bool())
-                model(**inputs, use_cache=False)
+                model(**inputs, use_cache=False, **no_logits(model))
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,15 @@ from typing import Any, cast
 
 import torch
 import transformers
+
+# ruff: noqa: E402 - older versions lack what is imported below, and would say that instead
+OLDEST = (5, 14)
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(
+        f"a model whose layers differ needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, and this is "
+        f"{transformers.__version__}: pip install -U transformers"
+    )
+
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
@@ -37,12 +46,6 @@ from transformers.models.smollm3.modeling_smollm3 import (
     SmolLM3Model,
 )
 
-OLDEST = (5, 14)
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
-    raise ImportError(
-        f"a model whose layers differ needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, and this is "
-        f"{transformers.__version__}: pip install -U transformers"
-    )
 PREFIX = "per_layer_"
 FILE = "per_layer_modeling"
 

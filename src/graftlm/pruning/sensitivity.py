@@ -47,7 +47,7 @@ def least_important(block: Block, scores: Tensor, share: float) -> Tensor:
     them, at least one: int64 [units]. `scores`: [components]."""
     keep = max(1, int(block.components * (1 - share) + 1e-9))
     going = scores.cpu().argsort(stable=True)[: block.components - keep]
-    return (going[:, None] * block.slots + torch.arange(block.slots)).flatten()
+    return block.units(going)
 
 
 @torch.no_grad()

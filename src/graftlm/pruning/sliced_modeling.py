@@ -78,6 +78,9 @@ class Sliced:
 
     layer_class: type[nn.Module]
 
+    def __init_subclass__(cls) -> None:
+        cls._no_split_modules = [cls.layer_class.__name__]  # type: ignore[attr-defined] # on one device each
+
     def __init__(self, config: Any):
         given = {**config.to_dict(), "num_hidden_layers": 0, "layer_types": None}
         no_layers = type(config).from_dict(given)

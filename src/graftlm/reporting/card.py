@@ -11,6 +11,8 @@ from graftlm.reporting import figures
 from graftlm.reporting.nextsteps import CITATION, PAPER, load_snippet
 
 PLACE = "PATH_OR_HUB_ID"
+KEPT = ("license", "license_name", "license_link", "base_model", "language")
+"""What a model has in common with the one it was made from, in the front matter of cards."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -28,7 +30,7 @@ def model_card(summary: dict[str, Any], config: dict[str, Any], base_model: str,
         "\n\n".join(
             part
             for part in (
-                front_matter(["apex"] if expanded else [], base_model, _datasets(config)),
+                front_matter(["apex"] if expanded else [], base_model, _datasets(config), more=kept_matter(base_model)),
                 f"# {cell(Path(base_model).name)}, trained with {name}",
                 f"{_what_was_done(summary, config, base_model)}",
                 "## Figures",
@@ -47,6 +49,26 @@ def model_card(summary: dict[str, Any], config: dict[str, Any], base_model: str,
         )
         + "\n"
     )
+
+
+def source_card(model: str) -> tuple[dict[str, Any], str]:
+    """Front matter and text of the card in the folder `model`; both empty where there is none, or it cannot be read."""
+    file = Path(model) / "README.md"
+    if not file.is_file():
+        return {}, ""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    head = re.match(r"---\n(.*?)\n---\n?", text, re.DOTALL)
+    try:
+        matter = yaml.safe_load(head[1]) if head else {}
+    except yaml.YAMLError:
+        matter = {}
+    return (matter if isinstance(matter, dict) else {}), text[head.end() :].strip() if head else text.strip()
+
+
+def kept_matter(model: str, *more: str) -> dict[str, Any]:
+    """Front matter of the card in the folder `model` that holds for what is made from it too: its licence above all."""
+    matter, _ = source_card(model)
+    return {key: matter[key] for key in (*KEPT, *more) if key in matter}
 
 
 def how_to_open(own_class: bool) -> str:

@@ -3,7 +3,7 @@
 T tokens a row, L layers, H query heads, d_qk and d_v their widths, k dimensions of P, a and b Monarch's blocks.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +189,8 @@ class Held:
     trainable: int
     """Parameters, operators included."""
     operator_parameters: int
+    trained_by_size: dict[int, int]
+    """Parameters that train, operators not included, by the bytes that one is held in."""
     element: int
     """Of one weight."""
     weights: int
@@ -244,12 +246,14 @@ def held_bytes(model: PreTrainedModel, apex: Apex | None) -> Held:
     ties = apex.ties if apex is not None else []
     panels = _panels(apex) if apex is not None else []
     slices = apex.slices.all() if apex is not None and apex.slices is not None else []
+    of_operators = {id(p) for tie in ties for p in tie.parameters()}
     own_trained = {n: p.nbytes for n, p in own.items() if p.requires_grad}
     return Held(
         layers=len(layers),
         vocabulary=int(embedding.weight.shape[0]),
         trainable=apex.budget.trainable if apex is not None else sum(p.numel() for p in trained),
         operator_parameters=apex.operator_parameters if apex is not None else 0,
+        trained_by_size=_by_size(p for p in trained if id(p) not in of_operators),
         element=next(iter(own.values())).element_size(),
         weights=sum(p.nbytes for p in own.values()),
         in_layers=sum(p.nbytes for n, p in own.items() if n.startswith(f"{path}.")),
@@ -270,6 +274,13 @@ def held_bytes(model: PreTrainedModel, apex: Apex | None) -> Held:
         embedding=_trained_bytes(embedding),
         head=_trained_bytes(model.get_output_embeddings()),
     )
+
+
+def _by_size(parameters: Iterable[nn.Parameter]) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for parameter in parameters:
+        found[parameter.element_size()] = found.get(parameter.element_size(), 0) + parameter.numel()
+    return found
 
 
 def _whole_biases(apex: Apex) -> set[str]:

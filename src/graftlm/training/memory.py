@@ -48,8 +48,12 @@ def peak_memory(
 
 def _state(held: Held, probe: Probe, layout: Layout) -> float:
     """Optimizer state of one process."""
-    whole = held.operator_parameters
-    return probe.state_bytes / probe.trained * ((held.trainable - whole) / layout.shards + whole)
+    mean = probe.state_bytes / probe.trained  # of a size that the copy has none of
+    sharded = sum(count * probe.state_of.get(size, mean) for size, count in held.trained_by_size.items())
+    if not held.operator_parameters:
+        return sharded / layout.shards
+    size = held.operators // held.operator_parameters
+    return sharded / layout.shards + held.operator_parameters * probe.state_of.get(size, mean)
 
 
 def _moments(config: RunConfig, held: Held, probe: Probe, layout: Layout, tokens: int) -> dict[str, dict[str, float]]:
@@ -142,7 +146,8 @@ def peaks_with(
     def add(
         setting: str, changed: RunConfig, *, state: float = 1.0, share: float = 1.0, spread: Layout = layout
     ) -> None:
-        smaller = replace(probe, state_bytes=round(probe.state_bytes * state))
+        by_size = {size: value * state for size, value in probe.state_of.items()}
+        smaller = replace(probe, state_bytes=round(probe.state_bytes * state), state_of=by_size)
         peaks[setting] = peak_memory(changed, held, smaller, spread, round(tokens * share), process_bytes)["peak"]
 
     rows = config.per_device_train_batch_size

@@ -7,8 +7,8 @@ number, the LM head by its rows, both by floating-point operations where rows ha
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,6 +66,9 @@ class Probe:
     """Parameters that train."""
     state_bytes: int = 0
     """Optimizer state of all of them."""
+    state_of: dict[int, float] = field(default_factory=dict)
+    """Of one parameter, on average, by the bytes that it is held in: slices train in float32 beside bfloat16 weights,
+    and the copy has another share of them than the model."""
     saved_layers: int = 0
     """What autograd saves for the backward pass in the layers, parameters left out."""
     copied_layers: int = 0
@@ -273,7 +276,11 @@ def measure(
                 run.forward_and_backward(probe.rows, probe.length)
             run.update()
             probe.hidden = run.sections.hidden
-            probe.state_bytes = _state_bytes(run.optimizer)
+            probe.state_bytes = _state_bytes(run.optimizer.state.values())
+            for size in {p.element_size() for p in run.parameters}:
+                alike = [p for p in run.parameters if p.element_size() == size]
+                held = _state_bytes(run.optimizer.state[p] for p in alike if p in run.optimizer.state)
+                probe.state_of[size] = held / sum(p.numel() for p in alike)
             begun = time.perf_counter()
             times: list[dict[str, float]] = []
             while timed and len(times) < PASSES and (not times or time.perf_counter() - begun < ENOUGH_SECONDS):
@@ -287,7 +294,7 @@ def measure(
     return probe
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+def _state_bytes(states: Iterable[Mapping[str, Any]]) -> int:
     """What parameters share (the code book of 8-bit states) counts once."""
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())

@@ -170,8 +170,7 @@ class RunTrainer(ApexTrainer):
     def before_split(self) -> None:
         """Evaluate: what a split changes is not what training or fusion did."""
         if self.evaluation is not None and len(self.evaluation):
-            with self.accelerator.autocast():  # as later, when accelerate has wrapped the model
-                self._unsplit = self.loss_on(self.evaluation)
+            self._unsplit = self.loss_on(self.evaluation)
 
     def _begin_stage(self, loss: float | None) -> None:
         """loss: held-out, before a split."""

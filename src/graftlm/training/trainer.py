@@ -116,7 +116,8 @@ class ApexMixin:
                 self.apex.load_state_dict(self.load_apex(self._resume_from))
             else:
                 self.assess(self.apex)
-            self.apex.start(optimizer)
+            with trainer.accelerator.autocast():  # accelerate has not wrapped the model yet, and a split is measured
+                self.apex.start(optimizer)
         return optimizer
 
     def assess(self, apex: Apex) -> None:

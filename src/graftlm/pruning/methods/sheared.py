@@ -92,6 +92,9 @@ def learn_masks(
     ]
     was_training, losses = model.training, []
     model.train()
+    wanted_gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    if not settings.sheared_weight_rate:
+        model.requires_grad_(False)
     try:
         for step in range(steps):
             for name, gate in gates.items():
@@ -120,6 +123,8 @@ def learn_masks(
             handle.remove()
         model.train(was_training)
         model.zero_grad()
+        for parameter, wanted_gradient in wanted_gradients:
+            parameter.requires_grad_(wanted_gradient)
     return Learned({name: gate.detach().cpu() for name, gate in gates.items()}, _expected(gates), tuple(losses))
 
 

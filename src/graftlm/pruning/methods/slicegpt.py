@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from graftlm.activations import MODEL_INPUTS
+from graftlm.activations import MODEL_INPUTS, no_logits
 from graftlm.anatomy import decoder_layers, linear
 from graftlm.errors import UserError
 from graftlm.parts import count_parameters
@@ -222,7 +222,7 @@ def _first_inputs(
         given.append([])
         inputs = {key: value.to(device) for key, value in batch.items() if key in MODEL_INPUTS}
         masks.append(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool())
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        model(**inputs, use_cache=False, **no_logits(model))
     for handle in handles:
         handle.remove()
     return signals, masks, given

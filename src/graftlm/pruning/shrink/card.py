@@ -11,7 +11,7 @@ from graftlm.pruning.shapes import LayerShape, shapes_of
 from graftlm.pruning.shrink.config import Shrink
 from graftlm.pruning.shrink.story import rows
 from graftlm.reporting import figures
-from graftlm.reporting.card import cell, code, front_matter, how_to_open, markdown_table
+from graftlm.reporting.card import cell, code, front_matter, how_to_open, kept_matter, markdown_table
 
 
 def shrunk_card(model: PreTrainedModel, task: Shrink, summary: dict[str, Any]) -> str:
@@ -20,7 +20,7 @@ def shrunk_card(model: PreTrainedModel, task: Shrink, summary: dict[str, Any]) -
     hub = [source.path.removeprefix("hub:") for source in task.settings.data if source.path.startswith("hub:")]
     before = [LayerShape(**shape) for shape in summary["original_shapes"]]
     parts = [
-        front_matter(["pruned"], original, hub),
+        front_matter(["pruned"], original, hub, more=kept_matter(original)),
         f"# {cell(Path(original).name)}, shrunk to {figures.count(summary['parameters'])} parameters",
         _what_was_done(task, summary),
         "## Phases",

@@ -220,12 +220,13 @@ def _check_same_config(task: Shrink) -> None:
     path = task.folder / "config.yaml"
     before = load_shrink(path)
     old, new = _flat(before.to_dict()), _flat(task.to_dict())
-    changed = [key for key in new if new[key] != old.get(key) and key not in FREE]
+    # A mapping that is empty, or not given, has keys of its own in one of the two alone.
+    changed = [key for key in {**new, **old} if new.get(key) != old.get(key) and key not in FREE]
     changed = [key for key in changed if not _is_elsewhere(key, before, task)]
     if changed:
         raise UserError(
-            f"{path}: {changed[0]} was {old.get(changed[0])!r} and is now {new[changed[0]]!r}; a shrink that goes on "
-            "keeps its settings (give another output_dir for a new one)"
+            f"{path}: {changed[0]} was {old.get(changed[0])!r} and is now {new.get(changed[0])!r}; a shrink that goes "
+            "on keeps its settings (give another output_dir for a new one)"
         )
 
 
