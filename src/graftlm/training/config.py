@@ -178,8 +178,8 @@ class RunConfig:
     learning_rate: float = 2e-5
     """Peak learning rate."""
     lr_scheduler_type: str = "cosine"
-    """Any of transformers' schedules: linear, cosine, constant, constant_with_warmup, cosine_with_min_lr,
-    warmup_stable_decay ..."""
+    """Any of transformers' schedules that follow the step: linear, cosine, constant, constant_with_warmup,
+    cosine_with_min_lr, warmup_stable_decay ..."""
     lr_scheduler_kwargs: dict[str, float | Literal["linear", "cosine", "1-sqrt"]] | None = None
     """Extra arguments of the schedule, e.g. {min_lr_rate: 0.1}, or {decay_type: linear} of warmup_stable_decay."""
     warmup_ratio: float = 0.03
