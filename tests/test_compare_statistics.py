@@ -164,3 +164,11 @@ def test_looking_again_at_a_plain_interval_would_not_hold():
         ends = [repeated_interval(values[:n], 1) for n in range(3, 9)]
         held += all(low <= 0.1 <= high for low, high in ends)
     assert held / trials < 0.92
+
+
+def test_differences_that_are_all_the_same_have_no_interval():
+    """Three times one question of 200: an interval without width would claim a difference."""
+    found = difference([0.61 - 0.605, 0.62 - 0.615, 0.60 - 0.595])
+    assert found.mean == pytest.approx(0.005)
+    assert (found.t_interval, found.bootstrap_interval, found.shown) == (None, None, "no interval")
+    assert difference([0.005, 0.005, 0.010]).t_interval is not None

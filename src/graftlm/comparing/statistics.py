@@ -14,6 +14,8 @@ FEWEST = 3
 """Seeds under which no interval is given."""
 TOO_FEW = "too few seeds"
 """What a difference over fewer of them shows."""
+SAME = 1e-12
+"""Differences of scores that are apart by no more are the same, but for rounding."""
 RESAMPLES = 9_999
 GRID = 2_001
 """Points of log tokens at which a curve is looked at: between 0.5 and 2 times the tokens, 0.07% apart."""
@@ -50,10 +52,11 @@ def are_copies(losses: Sequence[float]) -> bool:
 
 def difference(differences: Sequence[float], *, copies: bool = False) -> Difference:
     """Mean and 95% intervals of paired differences, one a seed. copies: of one run (are_copies), which are no sample:
-    no interval."""
+    no interval. Nor is there one where all are the same, as scores of few questions may be: it would have no width, and
+    claim what nobody knows."""
     values = np.asarray(differences, dtype=np.float64)
     mean, n = float(values.mean()), len(values)
-    if n < FEWEST or copies:
+    if n < FEWEST or copies or np.ptp(values) <= SAME:
         return Difference(n, mean, None, None)
     half = half_width(values, 1 - LEVEL)
     resampled = bootstrap(
