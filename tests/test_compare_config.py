@@ -314,3 +314,13 @@ def test_learning_rates_are_not_chosen_on_what_is_reported(tmp_path):
             load_comparison(path, given)
     load_comparison(path, halves("odd", "even"))
     load_comparison(path, [*halves("null", "null"), "learning_rates=[]"])  # nothing is chosen
+
+
+def test_settings_of_apex_are_none_of_other_methods(tmp_path):
+    """Another base.apex must not have a LoRA arm trained again; its section follows, and is no part of the run."""
+    variants = {"lora": {"method": "lora"}, "apex": {"method": "apex"}}
+    path = write_comparison(tmp_path, variants=variants)
+    one, other = (load_comparison(path, [f"base.apex.stages={count}"]) for count in (2, 3))
+    keys = [{arm.name: key_of(settings_of(arm.config)) for arm in each.arms} for each in (one, other)]
+    assert keys[0]["lora"] == keys[1]["lora"] and keys[0]["control"] == keys[1]["control"]
+    assert keys[0]["apex"] != keys[1]["apex"]

@@ -178,6 +178,8 @@ def _variant(name: str, node: Node, base: RunConfig, settings: CompareConfig) ->
     config = config_from_layers(settings.base, changes)
     if config.method == "full":
         config = dataclasses.replace(config, **_plain_sections(config))
+    elif config.method != "apex":  # so that another base.apex leaves its finished runs what they are
+        config = dataclasses.replace(config, apex=ApexConfig())
     check_one_process(config, f"{place_of(changes, 'distributed')}variants.{name}.distributed")
     if config.dynamic_loading.every:
         raise UserError(
