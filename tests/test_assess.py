@@ -170,6 +170,15 @@ def test_where_it_cannot_be_written_is_said_first(tmp_path):
         assessment.assess("no/such/model", str(tmp_path / "nothing.txt"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml", "pruning.json", "config.json"])
+def test_a_run_is_not_written_over(tmp_path, data, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(UserError, match="run: holds a run, whose files would be written over; give another --out"):
+        assessment.assess("tiny-llama", data, tmp_path / "run", samples=2)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
 def test_bad_data_writes_nothing(tmp_path):
     with pytest.raises(UserError):
         assessment.assess("tiny-llama", str(tmp_path / "nothing.txt"), tmp_path / "out")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from tiny_runs import assert_same_run, files_of, read_metrics, tiny_config, write_chats
@@ -53,6 +54,35 @@ def rows(path: Path, *lines: object) -> str:
 
 
 ONLY_DATA = ("eval_data=[]", "eval_fraction=0")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "arrow"])
+def test_tables_in_other_forms_are_no_texts(refused, tmp_path, suffix):
+    """They would be trained on as they stand, commas and quotes and all."""
+    (tmp_path / f"x.{suffix}").write_text("text,label\nOnce upon a time,1\n" * 50)
+    assert f"x.{suffix}: .{suffix} is not read; write it as .jsonl or .parquet" in refused(
+        f"data={tmp_path}/x.{suffix}"
+    )
+
+
+def test_a_folder_of_save_to_disk_is_no_folder_of_texts(refused, tmp_path):
+    datasets.Dataset.from_dict({"text": ["Once upon a time"] * 50}).save_to_disk(tmp_path / "saved")
+    line = refused(f"data={tmp_path}/saved")
+    assert "written by datasets.save_to_disk, which is not read" in line and "to_parquet" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("report_to=[tensorbord]", "report_to: 'tensorbord' must be one of tensorboard"),
+        ("optim=adamw", "optim: adamw is no optimizer of transformers; try adamw_torch"),
+        ("lr_scheduler_type=cosin", "lr_scheduler_type: cosin is no schedule of transformers; did you mean cosine?"),
+        ("attn_implementation=flash_attention_2", "attn_implementation: flash_attention_2 needs a GPU and the package"),
+    ],
+)
+def test_the_nearest_and_what_to_install(refused, words, said, monkeypatch):
+    monkeypatch.setattr("graftlm.training.arguments.is_flash_attn_2_available", lambda: False)
+    assert said in refused(words, "bf16=true")
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -428,6 +428,17 @@ def test_plots_show_the_arms_their_losses_and_differences(finished, tmp_path, mo
     for name, line in lines.items():
         curve = by_name(summary, name)["curve"]
         assert line.get_xdata().tolist() == curve["tokens"] and line.get_ydata().tolist() == curve["loss"]
+    # Evaluations of one arm alone, as those of stages are, would bend its line where the others' have none.
+    arm = by_name(summary, "apex")
+    curve = arm["curve"]
+    arm["curve"] = {key: [values[0], values[0] + 1.5, *values[1:]] for key, values in curve.items()}
+    redrawn = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: redrawn.setdefault(path.stem, figure) and path)
+    plots.draw(summary, tmp_path)
+    for x in ("tokens", "seconds"):
+        line = {line.get_label(): line for line in redrawn[f"loss_{x}"].axes[0].lines}["apex"]
+        assert line.get_xdata().tolist() == curve[x] and line.get_ydata().tolist() == curve["loss"]
+    arm["curve"] = curve
     assert made["loss_seconds"].axes[0].lines[0].get_xdata().tolist() == by_name(summary, "control")["curve"]["seconds"]
     gap = by_name(summary, "apex")["difference"]
     drawn = [line.get_xdata() for line in made["differences"].axes[0].lines]

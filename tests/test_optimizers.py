@@ -160,8 +160,8 @@ def test_what_this_trainer_does_not_do(changes, words, tmp_path):
 
 def test_a_decay_that_is_longer_than_the_run(tmp_path):
     told = {"lr_scheduler_type": "warmup_stable_decay", "warmup_ratio": 0.2}
-    with pytest.raises(UserError, match="num_decay_steps: 5 and 2 steps of warmup are more than the run's 6"):
-        train_run(tiny_config(tmp_path, max_steps=6, lr_scheduler_kwargs={"num_decay_steps": 5}, **told))
+    with pytest.raises(UserError, match="num_decay_steps: 6 and 2 steps of warmup are more than the run's 6"):
+        train_run(tiny_config(tmp_path, max_steps=6, lr_scheduler_kwargs={"num_decay_steps": 6}, **told))
     train_run(tiny_config(tmp_path / "fits", max_steps=6, lr_scheduler_kwargs={"num_decay_steps": 4}, **told))
 
 

@@ -348,6 +348,7 @@ def test_an_interrupted_run_leaves_nothing(text, tmp_path, monkeypatch, capsys):
         ((), "one of the two"),
         (("--sparsity", "0.2", "sampels=3"), "sampels"),
         (("--sparsity", "0.2", "other-model"), "one MODEL"),
+        (("--sparsity", "0.2", "a=[1"), "command line: a: '[1' is not valid YAML"),
     ],
 )
 def test_bad_input_is_one_line(text, tmp_path, capsys, words, says):

@@ -1,13 +1,16 @@
 """report.html of a shrink, and `graftlm report` on whatever folder it is given."""
 
+import io
 import shutil
 
 import pytest
+from rich.console import Console
 from tiny_shrinks import ORIGINAL, quiet_shrink, tiny_shrink
 
 from graftlm.errors import UserError
 from graftlm.files import read_json, write_json
 from graftlm.pruning.shrink.config import load_shrink
+from graftlm.pruning.shrink.story import print_summary, rows
 from graftlm.reporting import figures
 from graftlm.reporting.folders import report_on
 from graftlm.reporting.rundata import read_run
@@ -29,6 +32,16 @@ def begun(shrunk, tmp_path):
     (tmp_path / "run/phase_03/train/summary.json").unlink()
     shutil.rmtree(tmp_path / "run/model")
     return tmp_path / "run"
+
+
+def test_numbers_are_whole_in_a_file(shrunk):
+    """A console of 80 characters, which is what rich takes a file for, would cut them off."""
+    file = io.StringIO()
+    summary = read_json(shrunk / "summary.json")
+    print_summary(summary, shrunk, console=Console(file=file, width=80))
+    text = file.getvalue()
+    assert "…" not in text and all(name in text for name in rows(summary)[0])
+    assert all(cell in text for row in rows(summary)[1:] for cell in row)
 
 
 def test_report(shrunk):

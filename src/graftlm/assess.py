@@ -43,6 +43,9 @@ SAMPLE = (
     "padding never counted"
 )
 
+RUN_FILES = ("summary.json", "config.yaml", "phases.json", "pruning.json", "config.json")
+"""What says that a folder is a run's, or a model's."""
+
 
 @dataclass
 class Assessed:
@@ -95,6 +98,8 @@ def assess(
     written; `out` then has no assessment.json.
     """
     check_folder(out)
+    if any((Path(out) / name).exists() for name in RUN_FILES):
+        raise UserError(f"{out}: holds a run, whose files would be written over; give another --out")
     names = [model] if compare is None else [model, compare]
     labels = names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names, 1)]
     found: list[Assessed] = []

@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="graftlm",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        description="Better language models from the parameters they have: train with APEX at the same size, or prune.",
+        description="Train a language model with APEX, or prune it, and see by its control what that was worth.",
         epilog="start with:\n  graftlm demo --quick           a whole run in a minute\n"
         "  graftlm train --help           your own model and text\n  docs: docs/cli.md, docs/configuration.md",
     )

@@ -99,7 +99,7 @@ def config_from_layers(base: Node, *layers: Node, kind: type[Any] = RunConfig) -
     """The config of a node with others laid over it, in which keys may have dots. Errors name the lines of each."""
     root = copy.deepcopy(base)
     if not isinstance(root, MappingNode):
-        raise UserError(f"{place(base)}must be a list of `key: value` lines, e.g. model: tiny-llama")
+        raise UserError(f"{place(base)}must be `key: value` lines, e.g. model: tiny-llama")
     _normalise_sources(root)
     for layer in layers:
         _lay(root, copy.deepcopy(layer), [])
@@ -142,6 +142,14 @@ def _plain(value: Any) -> Any:
 
 
 # --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def overrides_node(words: Sequence[str]) -> MappingNode:
+    """What `key=value` words say, as a mapping to be laid over others."""
+    root = empty_mapping(COMMAND_LINE)
+    for keys, node in _read_overrides(words):
+        _assign(root, keys, node)
+    return root
 
 
 def _read_overrides(words: Sequence[str]) -> Iterator[tuple[list[str], Node]]:

@@ -39,7 +39,7 @@ def parse_file(file: str | None) -> MappingNode:
     if node is None:
         return empty_mapping(file)
     if not isinstance(node, MappingNode):
-        raise UserError(f"{place(node)}must be a list of `key: value` lines, e.g. model: tiny-llama")
+        raise UserError(f"{place(node)}must be `key: value` lines, e.g. model: tiny-llama")
     return node
 
 

@@ -26,11 +26,18 @@ def _curves(summary: dict[str, Any], x: Literal["tokens", "seconds"], path: Path
     arms = [arm for arm in summary["arms"] if arm["curve"]]
     if not arms:
         return None
-    made = figure(f"Held-out loss against {x}", note="Means over seeds, at each arm's chosen learning rate.")
+    # Stages have evaluations of their own; a line to its next point says nothing of what lies between.
+    shared = set.intersection(*({round(tokens) for tokens in arm["curve"]["tokens"]} for arm in arms))
+    note = "Means over seeds, at each arm's chosen learning rate."
+    if any(len(arm["curve"]["tokens"]) > len(shared) for arm in arms):
+        note += " Only where all arms were evaluated."
+    made = figure(f"Held-out loss against {x}", note=note)
     axes, colour = made.subplots(), _colours(summary)
     dashed = dashes(colour)
     for arm in arms:
-        curve, name = arm["curve"], arm["name"]
+        name = arm["name"]
+        at = [i for i, tokens in enumerate(arm["curve"]["tokens"]) if round(tokens) in shared]
+        curve = {key: [values[i] for i in at] for key, values in arm["curve"].items()}
         axes.plot(curve[x], curve["loss"], color=colour[name], linestyle=dashed[name], marker="o", markersize=3.5,
                   linewidth=2.4 if arm["matched"] is None else 1.6, label=name)  # fmt: skip
     style(axes, xlabel=XLABELS[x], ylabel="loss (nats per token)")

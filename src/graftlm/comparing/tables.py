@@ -11,13 +11,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from graftlm.reporting import figures
+from graftlm.reporting.table import wide
 
 Row = dict[str, Any]
 """An arm of comparison.json."""
-
-
-WIDE = 250
-"""Characters a line that tables may take in a file."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,8 @@ def _tasks(arms: Sequence[Row]) -> Table:
         "Tasks",
         tuple(header),
         tuple(rows),
-        "higher is better, of perplexities lower; 95% t intervals over seeds, paired",
+        "higher is better, of perplexities lower; 95% t intervals over seeds, paired: which questions were asked is "
+        f"not in them, and {len(names) * sum(arm['matched'] is not None for arm in arms)} are looked at",
     )
 
 
@@ -172,8 +170,7 @@ def print_tables(summary: dict[str, Any], console: Console) -> None:
 
 def show_tables(shown_tables: Sequence[Table], notes: Sequence[str], console: Console) -> None:
     """Tables and notes on the console; where it is too narrow, numbers are broken but never cut."""
-    if not console.is_terminal:  # rich takes 80 characters for the width of a file
-        console = Console(file=console.file, width=max(console.width, WIDE))
+    console = wide(console)
     for table in shown_tables:
         shown = RichTable(title=table.title, title_justify="left", header_style="bold", caption=table.note)
         for number, name in enumerate(table.header):

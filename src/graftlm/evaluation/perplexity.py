@@ -90,7 +90,7 @@ def _read_documents(path: str | Path, limit: int | None) -> list[str]:
     for row in iterate_rows(source):
         text = row.fields.get(source.text_field)
         if not isinstance(text, str):
-            raise UserError(f"{row.where}: no text in the column {source.text_field}; perplexity needs one of strings")
+            raise UserError(f"{row.where}: no text in a column {source.text_field}, which --perplexity reads")
         check_characters(text, row.where)
         pieces.append(text)
         if row.last:

@@ -25,6 +25,11 @@ def smooth(values: np.ndarray, span: int) -> np.ndarray:
     return smoothed
 
 
+def _span(values: np.ndarray) -> int:
+    """Over how many points a curve of them is averaged; 1: not at all."""
+    return max(1, len(values) // 20)
+
+
 def plot_loss(run: RunData, x: Literal["tokens", "seconds"], path: Path) -> Path | None:
     """Training and evaluation loss against tokens or seconds; None if nothing was logged yet.
 
@@ -42,12 +47,18 @@ def plot_loss(run: RunData, x: Literal["tokens", "seconds"], path: Path) -> Path
         2 if paired else 1, 2, sharex="col", squeeze=False, height_ratios=[2.4, 1] if paired else [1]
     )
     train, evaluation = grid[0]
+    smoothed = False
     for member, colour, width, name in members(run):
         xs, losses = member.series("train", x, "loss")
-        train.plot(xs, losses, color=colour, alpha=0.22, linewidth=0.8)
-        train.plot(xs, smooth(losses, max(1, len(losses) // 20)), color=colour, linewidth=width, label=name)
+        span = _span(losses)
+        if span > 1:
+            train.plot(xs, losses, color=colour, alpha=0.22, linewidth=0.8)
+        marker = {"marker": "o", "markersize": 4} if len(losses) == 1 else {}
+        dash = "-" if member is run else "--"  # told apart in grey, too
+        train.plot(xs, smooth(losses, span), color=colour, linewidth=width, label=name, linestyle=dash, **marker)
+        smoothed = smoothed or span > 1
         xs, losses = member.series("eval", x, "loss")
-        evaluation.plot(xs, losses, color=colour, linewidth=width, marker="o", markersize=4, label=name)
+        evaluation.plot(xs, losses, color=colour, linewidth=width, marker="o", markersize=4, label=name, linestyle=dash)
     if fused := run.eval_when("after_fusion"):
         evaluation.plot(
             [line[x] for line in fused],
@@ -65,7 +76,7 @@ def plot_loss(run: RunData, x: Literal["tokens", "seconds"], path: Path) -> Path
     for row in grid:
         for axes in row:
             _stage_lines(run, axes, x, named=axes in grid[0])
-    style(train, ylabel="loss (nats per token)", title="Training loss, smoothed")
+    style(train, ylabel="loss (nats per token)", title=f"Training loss{', moving average' if smoothed else ''}")
     style(evaluation, title="Evaluation loss")
     for axes in grid[-1]:
         style(axes, xlabel=XLABELS[x])
@@ -83,7 +94,7 @@ def plot_learning_rate(run: RunData, path: Path) -> Path | None:
     tokens, norms = run.series("train", "tokens", "grad_norm")
     if not rates.size:
         return None
-    title = f"Learning rate peaks at {rates.max():.1e}"
+    title = f"Learning rate: {rates.max():.1e} at most, as logged"
     if norms.size and np.isfinite(norms).any():
         title += f"; gradient norm {np.nanmedian(norms):.2g} in the median, {np.nanmax(norms):.2g} at most"
         title += f" (at {figures.count(tokens[int(np.nanargmax(norms))])} tokens)"
@@ -140,11 +151,13 @@ def _difference(run: RunData, axes: Axes, event: str, *, smoothed: bool) -> None
     gaps = np.array([own[step]["loss"] - other[step]["loss"] for step in shared], dtype=np.float64)
     axes.axhline(0, color=BEFORE, linewidth=1)
     if smoothed:
-        axes.plot(xs, gaps, color=RUN, alpha=0.22, linewidth=0.8)
-        gaps = smooth(gaps, max(1, len(gaps) // 20))
+        span = _span(gaps)
+        if span > 1:
+            axes.plot(xs, gaps, color=RUN, alpha=0.22, linewidth=0.8)
+        gaps = smooth(gaps, span)
     axes.plot(xs, gaps, color=RUN, linewidth=1.7, marker=None if smoothed else "o", markersize=4)
     below = f"{figures.method_name(run.method)} minus control (below 0: the control is worse)"
-    style(axes, ylabel="difference" if event == "train" else "", title=below)
+    style(axes, ylabel="difference (nats)" if event == "train" else "", title=below)
     axes.title.set_fontsize(9)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from graftlm.reporting import figures
-from graftlm.reporting.style import BEFORE, RUN, STRONG, colours, figure, legend, save, style, whole_numbers
+from graftlm.reporting.style import BEFORE, RUN, STRONG, colours, dashes, figure, legend, save, style, whole_numbers
 
 Shape = Mapping[str, int]
 """A layer's widths: num_attention_heads, num_key_value_heads, intermediate_size."""
@@ -83,12 +83,14 @@ def plot_shares(
         note += f" Not drawn, as they lost whole layers or a part of the hidden size: {', '.join(out)}."
     made = figure(title, width=10.0, height=4.4, note=note)
     palette = palette or colours(models)
+    dashed = dashes(palette)
     grid = made.subplots(1, 2, sharey=True)
     for axes, part in zip(grid, PARTS, strict=True):
         for label, shapes in models.items():
             if label not in out:
                 left = widths(shapes, part) / np.maximum(1, widths(original, part))
-                axes.plot(left, color=palette[label], marker="o", markersize=3, linewidth=1.5, label=label)
+                line: dict[str, Any] = {"color": palette[label], "linestyle": dashed[label], "linewidth": 1.5}
+                axes.plot(left, marker="o", markersize=3, label=label, **line)
         axes.set_ylim(-0.03, 1.05)
         style(axes, xlabel="layer", ylabel="" if part == "FFN" else "share left", title=part)
         whole_numbers(axes.xaxis)
@@ -158,9 +160,9 @@ def plot_sensitivity(found: Mapping[str, Any], path: Path) -> Path:
         ("nothing gone", found["none"]),
         *((f"{one['share']:.0%} of every layer", one) for one in found["uniform"]),
     ]
-    for (label, one), dashes in zip(lines, ("-", "--", ":"), strict=False):
+    for (label, one), dash in zip(lines, ("-", "--", ":"), strict=False):
         value = np.exp(min(one["loss"], 700.0))
-        axes.axhline(value, color=BEFORE, linestyle=dashes, linewidth=1.2, label=f"{label}: {value:.4g}")
+        axes.axhline(value, color=BEFORE, linestyle=dash, linewidth=1.2, label=f"{label}: {value:.4g}")
     axes.set_yscale("log")
     style(axes, xlabel="layer", ylabel="token perplexity (log)")
     whole_numbers(axes.xaxis)

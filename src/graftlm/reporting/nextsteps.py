@@ -38,6 +38,17 @@ def commands(run: Path) -> list[tuple[str, str]]:
     ]
 
 
+def after_pruning(folder: Path) -> list[tuple[str, str]]:
+    """(what it does, command) for the pruned model in `folder`."""
+    model = shlex.quote(str(folder))
+    trained = shlex.quote(str(folder.with_name(folder.name + "-trained")))
+    return [
+        ("train it", f"graftlm train --model {model} --data FILE_OR_FOLDER --output-dir {trained}"),
+        ("perplexity on a text of yours", f"graftlm eval {model} --perplexity FILE --out perplexity.json"),
+        ("a file for llama.cpp", f"graftlm export {model} --quantize f16 --out {shlex.quote(str(folder) + '.gguf')}"),
+    ]
+
+
 def reproduce(run: Path, verb: str = "train") -> str:
     """The command that does the same again, into a folder of its own."""
     again = run.with_name(run.name + "-again")

@@ -99,6 +99,7 @@ def _context(folder: Path, told: dict[str, Any], plots: dict[str, Plot]) -> dict
         "differences": differences(told["settings"], _DEFAULTS),
         "settings": list(told["settings"].items()),
         "environment": flatten(told["environment"]),
+        "commands": nextsteps.after_pruning(folder),
         "load": nextsteps.load_snippet(str(folder), trust="auto_map" in read_json(folder / "config.json")),
     }
 

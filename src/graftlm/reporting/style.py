@@ -57,10 +57,12 @@ def figure(title: str, *, width: float = 9.0, height: float = 4.8, note: str = "
     """An empty figure (inches) with what is seen as its title, and a smaller `note` under it."""
     made = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     lines = textwrap.wrap(title, width=int(width * 9.2))
-    made.suptitle("\n".join([*lines, ""] if note else lines), **_AT_LEFT, fontsize=12.5, fontweight="bold", color=INK)
-    if note:
-        # The suptitle's empty last line keeps the room for this one; a suptitle itself has one weight and size only.
-        made.text(y=1 - (0.12 + 0.21 * len(lines)) / height, s=note, **_AT_LEFT, va="top", fontsize=9, color="#5b6168")
+    under = textwrap.wrap(note, width=int(width * 14.5))
+    # The suptitle's empty last lines keep the room for the note; a suptitle itself has one weight and size only.
+    made.suptitle("\n".join([*lines, *("" for _ in under)]), **_AT_LEFT, fontsize=12.5, fontweight="bold", color=INK)
+    if under:
+        top = 1 - (0.12 + 0.21 * len(lines)) / height
+        made.text(y=top, s="\n".join(under), **_AT_LEFT, va="top", fontsize=9, color="#5b6168")
     return made
 
 
@@ -96,6 +98,7 @@ def legend(made: Figure, axes: Axes) -> None:
     four, as the figure is wide."""
     handles, labels = axes.get_legend_handles_labels()
     look: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9.5, "labelcolor": INK}
+    look["handlelength"] = 3.5  # so that dashes are seen to be some
     for columns in range(min(len(labels), 4), 0, -1):
         found = made.legend(handles, labels, ncols=columns, **look)
         made.draw_without_rendering()

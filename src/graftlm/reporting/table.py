@@ -10,6 +10,15 @@ from rich.text import Text
 from graftlm.reporting import figures
 from graftlm.reporting.nextsteps import commands
 
+WIDE = 250
+"""Characters a line that tables may take in a file."""
+
+
+def wide(console: Console) -> Console:
+    """For tables: `console`, or where that is no terminal one with room for them (rich takes 80 characters for the
+    width of a file, and would cut numbers off)."""
+    return console if console.is_terminal else Console(file=console.file, width=max(console.width, WIDE))
+
 
 def print_summary(summary: dict[str, Any], run: Path, *, console: Console | None = None) -> None:
     """Print a run beside its control, then where its report lies and what can be done next.

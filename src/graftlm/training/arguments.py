@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_flash_attn_2_available
 
 from graftlm.distilled_loss import DistilledLoss
 from graftlm.errors import UserError
@@ -19,6 +21,8 @@ TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 """How transformers is told where TensorBoard's files go."""
 GIVEN = frozenset(os.environ)
 """Variables that were set when the program began: by the user, or a launcher."""
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "clearml", "swanlab")
+FLASH = "flash_attention_2"
 TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 LIBRARIES = {
     "grokadamw": "grokadamw",
@@ -57,6 +61,15 @@ def check_settings(config: RunConfig) -> None:
     this trainer cannot do."""
     _check_schedule(config)
     _check_optimizer(config)
+    for tracker in config.report_to:
+        if tracker not in TRACKERS:  # and no advice to install whatever has that name
+            raise UserError(f"report_to: {tracker!r} must be one of {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"report_to: {tracker} is not installed; pip install {tracker}, or leave it out")
+    if config.attn_implementation == FLASH and not is_flash_attn_2_available():
+        raise UserError(
+            f"attn_implementation: {FLASH} needs a GPU and the package flash-attn; pip install flash-attn, or use sdpa"
+        )
     if config.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
             f"bf16: {torch.cuda.get_device_name()} computes no bfloat16 and would emulate it slowly; set bf16: false"
@@ -67,7 +80,8 @@ def _check_optimizer(config: RunConfig) -> None:
     """Raise UserError for an `optim` that is unknown, whose library is missing, or that cannot be resumed."""
     names = [name.value for name in OptimizerNames]
     if config.optim not in names:
-        near = difflib.get_close_matches(config.optim, names, n=1)
+        longer = [name for name in names if name.startswith(config.optim)]  # adamw: adamw_torch, not grokadamw
+        near = longer or difflib.get_close_matches(config.optim, names, n=1)
         raise UserError(f"optim: {config.optim} is no optimizer of transformers; try {near[0] if near else names[0]}")
     if config.optim in TORCHAO:
         raise UserError(f"optim: the state of {config.optim} cannot be kept in a checkpoint; use adamw_8bit")
@@ -102,6 +116,11 @@ def _check_schedule(config: RunConfig) -> None:
             f"lr_scheduler_type: {config.lr_scheduler_type} follows evaluations of transformers' own, which are off "
             "here; choose another, e.g. cosine"
         )
+    names = [name.value for name in SchedulerType]
+    if config.lr_scheduler_type not in names:
+        near = difflib.get_close_matches(config.lr_scheduler_type, names, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise UserError(f"lr_scheduler_type: {config.lr_scheduler_type} is no schedule of transformers; {meant}")
     try:
         base_schedule(config.lr_scheduler_type, config.learning_rate, 1, 100, told)
     except (TypeError, ValueError) as error:
@@ -117,9 +136,6 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
 
     Raises UserError for a tracker that is not installed and for values that transformers refuses.
     """
-    for tracker in config.report_to:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"report_to: {tracker} is not installed; pip install {tracker}, or leave it out")
     if config.use_liger_kernel and (importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available()):
         raise UserError(
             "use_liger_kernel: needs a GPU and the package liger-kernel; pip install liger-kernel, or set it to false"

@@ -60,7 +60,9 @@ class Sequences(NamedTuple):
 def count_sequences(config: RunConfig) -> Sequences:
     """Count where that is needed and the data are small; else assume, or leave it unknown."""
     if config.max_steps > 0 and config.packing:
-        return Sequences("not needed: max_steps is set")
+        elsewhere = [source.path for source in config.data if not Path(source.path).expanduser().exists()]
+        where = f"; {elsewhere[0]} is not on this machine" if elsewhere else ""
+        return Sequences(f"not needed: max_steps is set{where}")
     sizes = [_bytes_of(Path(source.path), source.pattern) for source in config.data]
     small = None not in sizes and sum(filter(None, sizes)) <= PREPARED_AT_MOST
     if small and (tokenizer := _tokenizer(config)) is not None:

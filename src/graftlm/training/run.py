@@ -68,9 +68,8 @@ def _train_with_control(config: RunConfig, run: Path, resume: bool) -> None:
             summary["control"] = run_control(config, [stage["step"] for stage in summary["stages"]], resume=resume)
         on_main(lambda: write_json(finished, summary))
     if is_main():
-        report = make_report(run)
+        make_report(run)
         print_summary(summary, run)
-        print(report)
 
 
 @contextlib.contextmanager

@@ -243,7 +243,7 @@ class RunTrainer(ApexTrainer):
         told = self.args.lr_scheduler_kwargs
         decay = told.get("num_decay_steps") if isinstance(told, dict) else None
         warmup = self.args.get_warmup_steps(num_training_steps)
-        if decay is not None and warmup + decay > num_training_steps:
+        if decay is not None and warmup + decay > num_training_steps + 1:  # both are rounded, of very short runs up
             raise UserError(
                 f"lr_scheduler_kwargs.num_decay_steps: {decay} and {warmup} steps of warmup are more than the run's "
                 f"{num_training_steps}, so learning_rate would never be reached; give fewer"

@@ -39,8 +39,8 @@ def _perplexity(summary: dict[str, Any], text: str, path: Path) -> Path | None:
     dashed = dashes(colour)
     made = figure(
         f"Word perplexity on {text} against parameters",
-        note=f"{summary['measured']}. Small dots are trials, lines go through their means; lower and further left is "
-        "better.",
+        note=f"{summary['measured']}. Small dots are trials, lines go through their geometric means; lower and further "
+        "left is better.",
     )
     axes = made.subplots()
     original = (summary["original"] or {}).get("perplexity", {}).get(text, {}).get("word_perplexity")

@@ -31,4 +31,4 @@ def headline(summary: dict[str, Any]) -> str:
     if ratio["t_interval"] is None:
         few = ratio["shown"] == TOO_FEW
         return said + (" (too few for an interval)" if few else " (copies of one model: no interval)")
-    return said + f" ({ratio['shown']})"
+    return said + ("" if ratio["shown"] in ("lower", "higher") else f" ({ratio['shown']})")

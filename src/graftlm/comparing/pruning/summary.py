@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,8 +96,8 @@ def _row(
         tokens = {seed: record["perplexity"][text]["token_perplexity"] for seed, record in own.items()}
         ratio = paired_ratios(mine, theirs, copies=copies)
         perplexity[text] = {
-            "word": mean_by_seed(mine),
-            "token": mean_by_seed(tokens),
+            "word": geometric_mean(mine),
+            "token": geometric_mean(tokens),
             "ratio": ratio,
             "lower_in": sum(one < 1 for one in ratio["by_seed"].values()) if ratio else None,
         }
@@ -122,6 +123,17 @@ def _row(
         "shapes": shapes,
         "tasks": task_scores(own, other, copies=copies),
     }
+
+
+def geometric_mean(by_seed: Mapping[int, float]) -> dict[str, Any] | None:
+    """As mean_by_seed, of perplexities: they are powers of what is measured, and of broken models lie orders of
+    magnitude apart. `lowest`, `highest`: of the trials."""
+    if not by_seed or any(value is None for value in by_seed.values()):
+        return None
+    values = list(by_seed.values())
+    mean = _exp(statistics.fmean(map(math.log, values)))
+    told = {str(seed): value for seed, value in by_seed.items()}
+    return {"mean": mean, "lowest": min(values), "highest": max(values), "by_seed": told}
 
 
 def paired_ratios(

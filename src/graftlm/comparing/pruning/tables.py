@@ -30,10 +30,11 @@ def perplexity(value: Any) -> str:
 
 
 def _spread(found: Any) -> str:
-    """`33.75 ± 0.25`."""
+    """`33.75 (33.50 to 34.00)`."""
     if not found:
         return figures.MISSING
-    return perplexity(found["mean"]) + (f" ± {perplexity(found['sd'])}" if found["sd"] is not None else "")
+    ends = f" ({perplexity(found['lowest'])} to {perplexity(found['highest'])})" if len(found["by_seed"]) > 1 else ""
+    return perplexity(found["mean"]) + ends
 
 
 def _times(value: Any) -> str:
@@ -75,9 +76,9 @@ def _perplexity(summary: dict[str, Any], text: str) -> Table:
             )
         )
     note = (
-        f"{summary['measured']}. Means and standard deviations over trials; lower is better. Times control: "
-        "word perplexity over that of the control of the same size and seed, geometric mean; intervals are those of "
-        "the difference in nats a word. Claims rest on the t interval: the bootstrap's is too narrow for few trials."
+        f"{summary['measured']}. Geometric means over trials (lowest to highest); lower is better. Times control: word "
+        "perplexity over that of the control of the same size and seed, geometric mean; intervals are those of the "
+        "difference in nats a word. Claims rest on the t interval: the bootstrap's is too narrow for few trials."
     )
     return Table(f"Perplexity on {text}", header, tuple(rows), note)
 

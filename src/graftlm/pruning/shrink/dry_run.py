@@ -19,6 +19,7 @@ from graftlm.pruning.shrink.phases import Phase
 from graftlm.pruning.shrink.run import plan_phases
 from graftlm.pruning.ways import iterations_of, sequences_seen
 from graftlm.reporting import figures
+from graftlm.reporting.table import wide
 from graftlm.training.arguments import check_settings
 from graftlm.training.estimates import estimate
 from graftlm.training.plan import load_skeleton
@@ -86,7 +87,7 @@ def _print(task: Shrink, told: dict[str, Any], console: Console) -> None:
     settings = task.settings
     table = Table(header_style="bold", title=f"{settings.model}: {len(told['phases'])} phases, {settings.schedule}")
     for name in ("phase", "parameters", "fewer", "steps", "tokens", "calibration", "pruning", "training"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     table.add_row("original", figures.integer(told["original_parameters"]))
     for phase in told["phases"]:
         table.add_row(
@@ -99,7 +100,7 @@ def _print(task: Shrink, told: dict[str, Any], console: Console) -> None:
             figures.duration(phase["prune_seconds"]),
             figures.duration(phase["seconds"]),
         )
-    console.print(table)
+    wide(console).print(table)
     left = told["target_parameters"] / told["original_parameters"]
     console.print(
         f"{left:.1%} of the parameters stay; {figures.integer(told['steps'])} steps, {figures.count(told['tokens'])} "

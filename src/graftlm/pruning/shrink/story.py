@@ -39,6 +39,7 @@ from graftlm.files import read_json, write_text
 from graftlm.pruning.shrink.config import Shrink
 from graftlm.pruning.shrink.folders import PhaseFolder
 from graftlm.reporting import figures
+from graftlm.reporting.table import wide
 
 
 def write_metrics(folder: Path, folders: Sequence[PhaseFolder]) -> None:
@@ -164,10 +165,10 @@ def print_summary(summary: dict[str, Any], folder: Path, *, console: Console | N
     header, *body = rows(summary)
     table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
     for name in header:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for row in body:
         table.add_row(*row)
-    console.print(table)
+    wide(console).print(table)
     before, after = summary["original_parameters"], summary["parameters"]
     console.print(
         f"{before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer), held-out loss "

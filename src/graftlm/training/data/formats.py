@@ -77,8 +77,9 @@ def detect_format(row: Row, source: SourceConfig, *, prefer_text: bool = False) 
         if all(column in row.fields for column in columns):
             return name
     raise UserError(
-        f"{row.where}: no known columns; found {_columns(row)}; needed: {source.text_field} (set text_field), "
-        "messages, conversations, prompt and completion, or instruction and output"
+        f"{row.where}: no known columns; found {_columns(row)}; needed: {source.text_field} (or "
+        "data.text_field=COLUMN), messages, conversations, prompt and completion, or instruction and output; rename "
+        "columns that hold them"
     )
 
 

@@ -12,6 +12,10 @@ from graftlm.training.data.statistics import Counts
 
 HUB_PREFIX = "hub:"
 
+OTHER_TABLES = (".csv", ".tsv", ".arrow", ".feather", ".xlsx")
+SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
+"""By which a folder of datasets.save_to_disk is known."""
+
 
 def iterate_rows(source: SourceConfig, counts: Counts | None = None) -> Iterator[Row]:
     """Stream the rows of `source`, at most `limit` documents of it; binary files of a folder are counted and skipped.
@@ -80,8 +84,26 @@ def source_bytes(source: SourceConfig) -> int:
     return 0 if source.path.startswith(HUB_PREFIX) else sum(file.stat().st_size for file in list_files(source))
 
 
+def _check_readable(source: SourceConfig, files: list[Path]) -> None:
+    """Raise UserError for tables in forms that are not read: as texts they would be trained on as they stand."""
+    path = Path(source.path).expanduser()
+    if any((path / name).is_file() for name in SAVED_TO_DISK):
+        raise UserError(
+            f"data: {source.path}: written by datasets.save_to_disk, which is not read; write it once more with "
+            f'datasets.load_from_disk("{source.path}").to_parquet("data.parquet")'
+        )
+    if files and all(suffix(file) in OTHER_TABLES for file in files):
+        kind = suffix(files[0])
+        how = f'datasets.Dataset.from_csv("{files[0].name}").to_parquet("data.parquet")'
+        raise UserError(
+            f"data: {source.path}: {kind} is not read; write it as .jsonl or .parquet"
+            + (f", e.g. with {how}" if kind in (".csv", ".tsv") else "")
+        )
+
+
 def _file_rows(source: SourceConfig, counts: Counts) -> Iterator[Row]:
     files = list_files(source)
+    _check_readable(source, files)
     single = Path(source.path).expanduser().is_file()
     # A .json among source files is a settings file, not a table: it holds rows only where all files do.
     tables = all(suffix(file) in ROW_SUFFIXES for file in files)
