@@ -56,6 +56,12 @@ def rows(path: Path, *lines: object) -> str:
 ONLY_DATA = ("eval_data=[]", "eval_fraction=0")
 
 
+def test_a_source_is_named_by_its_key(refused):
+    assert refused("eval_data=missing.txt").startswith("eval_data: missing.txt: no such file or folder")
+    assert refused("selection_data=missing.txt").startswith("selection_data: missing.txt: no such file or folder")
+    assert refused("data=missing.txt").startswith("data: missing.txt: no such file or folder")
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "arrow"])
 def test_tables_in_other_forms_are_no_texts(refused, tmp_path, suffix):
     """They would be trained on as they stand, commas and quotes and all."""

@@ -1,7 +1,9 @@
 """prepare_data: from a RunConfig to what a trainer reads, and the numbers that describe it."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -57,8 +59,10 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, progr
     to train on.
     """
     pipelines = [SourcePipeline(source, config, tokenizer) for source in config.data]
-    evaluated = [SourcePipeline(source, config, tokenizer) for source in config.eval_data]
-    selected = [SourcePipeline(source, config, tokenizer) for source in config.selection_data]
+    with _named("eval_data"):
+        evaluated = [SourcePipeline(source, config, tokenizer) for source in config.eval_data]
+    with _named("selection_data"):
+        selected = [SourcePipeline(source, config, tokenizer) for source in config.selection_data]
     task = _task(config, [*pipelines, *evaluated, *selected])
     train: StreamedBlocks | BlockDataset | DynamicBlocks
     if config.streaming:
@@ -80,6 +84,15 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, progr
     return PreparedData(
         train, evaluation, Collator(pad, flatten=flash), statistics, task, fingerprint, by_content, selection
     )
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """What is wrong with a source is said of the key that it stands under."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"^data(?=[:.])", key, str(error))) from error
 
 
 def _content(pipelines: Sequence[SourcePipeline], tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> str | None:
