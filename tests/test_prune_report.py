@@ -59,7 +59,7 @@ def test_report(pruned):
     first = told["shapes"][0]
     assert f"<td>{first['intermediate_size']} of 192</td>" in text
     assert f"{told['removed_share']:.1%} fewer than 214 k" in text
-    assert "<td><code>samples</code></td><td>4</td><td>10</td>" in text  # what differs from the defaults
+    assert '<th scope="row"><code>samples</code></th><td>4</td><td>10</td>' in text  # what differs from the defaults
     assert "http" not in text.replace("https://", "http").split("<pre>")[0].split("src=")[0]
 
 

@@ -55,13 +55,13 @@ def test_report(shrunk):
     assert f"<b>{summary['parameters']:,}</b>" in text
     assert f"tiny-llama: {figures.count(ORIGINAL)} → {figures.count(summary['parameters'])} parameters" in text
     for phase in summary["phases"]:
-        assert f"<td>{phase['phase']}</td><td>{phase['parameters']:,}</td>" in text
+        assert f"{phase['phase']}</th><td>{phase['parameters']:,}</td>" in text
         for when in ("before_pruning", "after_pruning", "end"):
             assert f"<td>{phase[f'eval_loss_{when}']:.4f}</td>" in text
     assert f"<td>{summary['shapes'][0]['intermediate_size']} of 192</td>" in text
     assert "has not ended" not in text
-    assert "<td><code>interleaves</code></td><td>3</td><td>null</td>" in text
-    assert "<td><code>train.learning_rate</code></td><td>0.001</td><td>2.0e-05</td>" in text
+    assert "<code>interleaves</code></th><td>3</td><td>null</td>" in text
+    assert "<code>train.learning_rate</code></th><td>0.001</td><td>2.0e-05</td>" in text
     assert "recovery</code></td>" not in text  # is the default
     assert "http" not in text.replace("https://", "http").split("<pre>")[0].split("src=")[0]
 
