@@ -93,7 +93,7 @@ def test_report_of_a_shrink_still_going(begun):
     text = write_report(begun).read_text()
     assert "2 of 3 phases are finished" in text
     assert f"go on with <code>graftlm shrink {begun}/config.yaml</code>" in text
-    assert "<td>2</td>" in text and 'id="next"' not in text
+    assert "2</th>" in text and 'id="next"' not in text
     shutil.rmtree(begun / "phase_01/train")
     shutil.rmtree(begun / "phase_02/train")
     with pytest.raises(UserError, match="none of its 3 phases has ended"):

@@ -21,7 +21,7 @@ TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 """How transformers is told where TensorBoard's files go."""
 GIVEN = frozenset(os.environ)
 """Variables that were set when the program began: by the user, or a launcher."""
-TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "clearml", "swanlab")
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "clearml", "swanlab", "dvclive", "neptune")
 FLASH = "flash_attention_2"
 TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 LIBRARIES = {
