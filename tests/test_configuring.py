@@ -242,7 +242,7 @@ def test_errors_of_overrides_name_the_command_line(message, override, said):
         ("", "c.yaml: model: is missing; give model: "),
         ("model: m", "c.yaml:1: data: is missing; give data: "),
         ("model: m\ndata: []", "c.yaml:2: data: no source given"),
-        ("just words", "c.yaml:1: must be a list of `key: value` lines"),
+        ("just words", "c.yaml:1: must be `key: value` lines"),
         (BASE + "apex: {trains: half, budget: 2}", "c.yaml:3: apex.budget: 2.0 must be in (0, 1]"),
         (BASE + "streaming: true", "c.yaml: max_steps: streaming data has no known length"),
     ],

@@ -465,7 +465,7 @@ def test_a_folder_with_a_config_counts_data_without_a_tokenizer(skeleton, tmp_pa
 
 def test_what_train_refuses_plan_refuses():
     with pytest.raises(UserError, match="trackio is not installed"):
-        estimate(config(report_to=("trackio",)), load_model("tiny-llama"), None)
+        plan(config(report_to=("trackio",)), console=Console(quiet=True))
     with pytest.raises(UserError, match="no such folder"):
         load_skeleton(dataclasses.replace(config(), model="./nowhere"))
 
