@@ -390,6 +390,16 @@ def test_two_evaluations_do_not_write_the_same_file(saved, data, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
+def test_what_goes_wrong_while_measuring_is_no_full_disk(saved, data, tmp_path, monkeypatch):
+    def lost(*_args, **_kwargs):
+        raise ConnectionError("the Hub is gone")
+
+    monkeypatch.setattr("graftlm.evaluation.run.evaluate_tasks", lost)
+    with pytest.raises(ConnectionError, match="the Hub is gone"):
+        run_evaluation(str(saved), tmp_path / "out.json", tasks=["arc_easy"], data_dir=data, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_answers_of_a_model_with_another_config_are_not_taken(saved):
     one, other = load_model(str(saved)), load_model(str(saved))
     assert _settings_fingerprint(one) == _settings_fingerprint(other)

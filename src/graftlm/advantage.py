@@ -18,10 +18,15 @@ def count_of(share: float, n: int) -> int:
     return max(1, math.floor(share * n + 0.5))
 
 
+def sets_fit(block: Block, share: float) -> bool:
+    """Whether two disjoint sets of a share K of the components of `block` fit."""
+    return 2 * count_of(share, block.components) <= block.components
+
+
 def set_size(block: Block, share: float) -> int:
     """Size of P, and of N, in components of `block`. Raises UserError if two disjoint sets of it do not fit."""
     size = count_of(share, block.components)
-    if 2 * size > block.components:
+    if not sets_fit(block, share):
         unit = "key-value groups" if block.kind == "heads" else "channels"
         raise UserError(
             f"apex.k_{block.kind}: {share} of {block.components} {unit} in layer {block.layer} is {size}, "

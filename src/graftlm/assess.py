@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from graftlm.activations import ActivationRecorder, count_tokens
-from graftlm.advantage import Choice, choose, count_of, set_size
+from graftlm.advantage import Choice, choose, count_of, set_size, sets_fit
 from graftlm.anatomy import Anatomy, Kind, read_anatomy
 from graftlm.apex_config import ApexConfig
 from graftlm.configuring import load_sources
@@ -144,8 +144,10 @@ def _assess_one(
     anatomy = read_anatomy(model)
     defaults = ApexConfig()
     shares: dict[Kind, float] = {"heads": defaults.k_heads, "channels": defaults.k_channels}
-    if mask is not None:  # where P and N of that size have nothing in common
-        shares |= {kind: mask for kind in anatomy.kinds if _disjoint(anatomy, kind, mask)}
+    if mask is not None:
+        shares |= {
+            kind: mask for kind in anatomy.kinds if all(sets_fit(block, mask) for block in anatomy.of_kind(kind))
+        }
     chosen, others = choose_sequences(len(prepared.train), samples)  # type: ignore[arg-type]
     recorder = ActivationRecorder(model, anatomy, shares)
     tokens = 0
@@ -231,10 +233,6 @@ def _layers(anatomy: Anatomy, recorder: ActivationRecorder, means: Mapping[Any, 
 def ranking(recorder: ActivationRecorder, block: str) -> Tensor:
     """Units of a block from the highest score to the lowest, ties by index: int64 [ranked]."""
     return recorder.votes[block].cpu().argsort(descending=True, stable=True)
-
-
-def _disjoint(anatomy: Anatomy, kind: Kind, share: float) -> bool:
-    return all(2 * count_of(share, block.components) <= block.components for block in anatomy.of_kind(kind))
 
 
 def _masking(

@@ -159,9 +159,10 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         notes.append(f"seeds {list(settings.seeds)}: too few for an interval, so none is given (at least 3)")
     if len(settings.seeds) > 1 and one_order(base):
         notes.append(f"{ONE_ORDER}, and no interval is given: leave streaming out of base for one")
-    if (chooses := any(len(arm.learning_rates) > 1 for arm in arms)) and base.selection_data:
+    chooses = any(len(arm.learning_rates) > 1 for arm in arms)
+    if chooses and base.selection_data:
         _check_apart(base)
-    if chooses and not base.selection_data:
+    elif chooses:
         arms = [dataclasses.replace(arm, config=_halved(arm.config)) for arm in arms]
         notes.append("learning rates are chosen on one half of eval_data's documents, and the other half is reported")
     return Comparison(settings, tuple(arms), tuple(notes))

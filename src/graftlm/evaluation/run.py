@@ -137,11 +137,11 @@ def _alone(out: Path) -> Iterator[None]:
     name = f".{out.name}.lock"
     with plain_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with locked(out.parent, name, busy=f"another evaluation is writing {out.name}; wait, or give another --out"):
-            try:
-                yield
-            finally:
-                (out.parent / name).unlink(missing_ok=True)
+    with locked(out.parent, name, busy=f"another evaluation is writing {out.name}; wait, or give another --out"):
+        try:
+            yield
+        finally:
+            (out.parent / name).unlink(missing_ok=True)
 
 
 def _settings_fingerprint(model: PreTrainedModel) -> str:

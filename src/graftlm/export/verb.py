@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import glob
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -134,7 +135,7 @@ def _folder(args: argparse.Namespace) -> None:
         raise UserError("export: --out is the model's own folder; name another")
     if args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"export: --out {args.out} is there and not empty; name another folder, or delete it")
-    remove_unfinished(args.out.parent, args.out.name)  # of an export that was killed
+    remove_unfinished(args.out.parent, glob.escape(args.out.name))  # of an export that was killed
     model = _load(args.model, args.trust_remote_code)
     model_type = str(model.config.model_type)
     stock = type(model).__module__.startswith("transformers.models.")

@@ -90,7 +90,6 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
     if kind != "BPE":
         raise UserError(f"export: a {kind} tokenizer; byte-pair encodings (BPE) can be put into GGUF, others not yet")
     tokens, types = _tokens(tokenizer, described, rows)
-    notes = []
     merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
     if "ByteLevel" in json.dumps([described["pre_tokenizer"], described["decoder"]]):
         if (described["normalizer"] or {}).get("type") not in (None, "NFC"):
@@ -98,14 +97,13 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
         way = way_of(backend, bool(described["model"].get("ignore_merges")))
         return Vocabulary("gpt2", way, tokens, types, merges or [_never(tokenizer)], None, None)
     prefix = _space_prefix(backend)
-    if prefix and prefixes_first_only(described):
-        notes.append(AFTER_SPECIAL)
+    notes = (AFTER_SPECIAL,) if prefix and prefixes_first_only(described) else ()
     types = [_sentencepiece_type(t, kind, described) for t, kind in zip(tokens, types, strict=True)]
     scores = _scores(tokens, described)
     for added in described["added_tokens"]:
         if not added["special"]:  # llama.cpp writes them as they are, and spaces of other tokens as spaces
             tokens[added["id"]] = added["content"].replace(_SPACE, " ")
-    return Vocabulary("llama", "default", tokens, types, [], scores, prefix, tuple(notes))
+    return Vocabulary("llama", "default", tokens, types, [], scores, prefix, notes)
 
 
 def prefixes_first_only(described: dict[str, Any]) -> bool:

@@ -105,16 +105,19 @@ def plan(config: RunConfig, *, gpus: int | None = None, console: Console | None 
     check_settings(config)
     model = load_skeleton(config)
     too_long = models.check_context(model, config.max_length)
-    said, blocks, *lengths = count_sequences(config)
-    known: dict[str, Any] = dict(
-        zip(("evaluation_blocks", "padded_length", "longest"), lengths, strict=True), gpus=gpus
-    )
-    planned = estimate(config, model, blocks, **known)
+    found = count_sequences(config)
+    known: dict[str, Any] = {
+        "evaluation_blocks": found.evaluation_blocks,
+        "padded_length": found.padded_length,
+        "longest": found.longest,
+        "gpus": gpus,
+    }
+    planned = estimate(config, model, found.blocks, **known)
     if config.control:
         starts = [start or 0 for start in planned["stage_starts"]]
         control = dataclasses.replace(control_config(config, starts), output_dir=config.output_dir)
-        planned["control"] = estimate(control, model, blocks, **known)
-    console.print(_table(config, model, planned, blocks, said))
+        planned["control"] = estimate(control, model, found.blocks, **known)
+    console.print(_table(config, model, planned, found.blocks, found.said))
     console.print(Text(f"FLOPs: {planned['flops_formula']}", style="dim"))
     for line in _assumptions(config, planned):
         console.print(Text(line, style="dim"))
