@@ -25,6 +25,7 @@ from graftlm.comparing.pruning import runner as prune_runner
 from graftlm.comparing.runner import compare
 from graftlm.comparing.summary import summarise
 from graftlm.comparing.tasks import Tasks
+from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.training.run import train_one
 
@@ -93,7 +94,7 @@ def test_minutes(monkeypatch, tmp_path):
         assert seconds_left == pytest.approx(150 - now[0])
         now[0] += 60
         cell = next(cell for cell in opened(path)[1].wanted() if cell.settings == settings)
-        return made_up(cell, 3.0, wall_seconds=60.0, environment=runner.describe_environment())
+        return made_up(cell, 3.0, wall_seconds=60.0, environment=describe_environment())
 
     monkeypatch.setattr(runner, "run_record", run)
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
@@ -111,7 +112,7 @@ def test_an_unfinished_run_needs_only_its_rest(monkeypatch, tmp_path):
     path = write_comparison(tmp_path, plain_multiples=[1])
     _, cells = opened(path)
     first, begun = cells.open()[:2]
-    cells.results.put(first.key, made_up(first, 3.0, wall_seconds=60.0, environment=runner.describe_environment()))
+    cells.results.put(first.key, made_up(first, 3.0, wall_seconds=60.0, environment=describe_environment()))
     started = []
     monkeypatch.setattr(runner, "run_record", lambda config, *_, **__: started.append(config.output_dir) or stop())
 
@@ -188,7 +189,7 @@ def test_a_plan_says_what_is_known(tmp_path):
     path = write_comparison(tmp_path, learning_rates=[1e-3, 2e-3], selection_seeds=[0], plain_multiples=[1])
     _, cells = opened(path)
     first = cells.open()[0]
-    here = {"environment": runner.describe_environment(), "wall_seconds": 30.0}
+    here = {"environment": describe_environment(), "wall_seconds": 30.0}
     cells.results.put(first.key, made_up(first, 3.0, **here))
     console = quiet()
     compare(path, dry_run=True, console=console)

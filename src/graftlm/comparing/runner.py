@@ -1,7 +1,6 @@
 """Runs what a comparison still needs, one run at a time; what is finished is never run again."""
 
 import dataclasses
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from graftlm.comparing.report import write_outputs
 from graftlm.comparing.results import Record, Results
 from graftlm.comparing.summary import summarise
 from graftlm.comparing.tables import print_tables
+from graftlm.comparing.taken import Taken
 from graftlm.comparing.tasks import Tasks
-from graftlm.environment import describe_environment, hardware
 from graftlm.errors import UserError
 from graftlm.files import check_file
 from graftlm.identity import settings_of
@@ -110,23 +109,18 @@ class Guesses:
     """How long a run will take, from finished ones on the same hardware."""
 
     def __init__(self, cells: Cells):
-        here = hardware(describe_environment())
         self._cells = cells
-        self._taken: dict[str, list[float]] = {}
-        for record in cells.results.records():
-            if "steps" in record and hardware(record["environment"]) == here:  # no training: it was pruned
-                for name in (record["method"], ""):
-                    self._taken.setdefault(name, []).append(record["wall_seconds"] / record["steps"])
+        # What was pruned has no steps.
+        self._of_a_step = Taken(
+            cells.results.records(), lambda one: one["wall_seconds"] / one["steps"] if "steps" in one else None
+        )
 
     def seconds(self, cell: Cell) -> float | None:
         """Median seconds a step of its method's runs (else of all), times its steps; None if nothing is known."""
         if self._cells.trained(cell) is not None and self._cells.record(cell) is None and self._kept(cell):
             return None  # only its evaluation is left
-        known = self._taken.get(cell.config.method) or self._taken.get("")
-        steps = cell.config.max_steps
-        if known is None or steps < 0:
-            return None
-        return statistics.median(known) * steps
+        known, steps = self._of_a_step.median(cell.config.method), cell.config.max_steps
+        return None if known is None or steps < 0 else known * steps
 
     def _kept(self, cell: Cell) -> bool:
         """Whether a finished run has its model still; without, it is trained again to be evaluated."""

@@ -1,7 +1,6 @@
 """The cells of a comparison of ways of pruning: the original, then every variant at every size with every seed."""
 
 import platform
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 from graftlm.comparing.pruning.config import ORIGINAL, PruneComparison, Size
 from graftlm.comparing.pruning.jobs import Job
 from graftlm.comparing.results import Record, Results
+from graftlm.comparing.taken import Taken
 from graftlm.comparing.tasks import Tasks
-from graftlm.environment import describe_environment, hardware
 from graftlm.identity import by_content, content_of_sources, key_of
 
 KIND = "prune"
@@ -127,17 +126,12 @@ class Guesses:
     """How long a cell will take, from finished ones on the same hardware."""
 
     def __init__(self, results: Results):
-        here = hardware(describe_environment())
-        self._taken: dict[str, list[float]] = {}
-        for record in results.records():
-            if record["settings"].get("kind") == KIND and hardware(record["environment"]) == here:
-                for name in (record["method"], "") if record["method"] != ORIGINAL else (ORIGINAL,):
-                    self._taken.setdefault(name, []).append(record["wall_seconds"])
+        pruned = (one for one in results.records() if one["settings"].get("kind") == KIND)
+        self._taken = Taken(pruned, lambda record: record["wall_seconds"])
 
     def seconds(self, cell: PruneCell) -> float | None:
         """Median of its method's cells, else of all; None if nothing is known."""
-        known = self._taken.get(cell.method) or self._taken.get("")
-        return statistics.median(known) if known else None
+        return self._taken.median(cell.method, besides=ORIGINAL)
 
     def still(self, cell: PruneCell) -> float:
         return self.seconds(cell) or 0.0
