@@ -143,6 +143,16 @@ def test_the_loop_has_five_lines_of_apex():
     assert [line for line in lines if re.match(r"\s*apex[. =]", line)] == marked
 
 
+def test_the_page_on_loops_runs(tmp_path, monkeypatch):
+    """From training over a checkpoint to the same weights, which its last line asserts."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.S))
+    assert code.rstrip().splitlines()[-1].startswith("assert ")
+    exec(compile(code, "python.md", "exec"), {})
+    assert (tmp_path / "trained/model.safetensors").exists()
+
+
 def test_the_configuration_reference_is_generated(tmp_path):
     written = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     assert written == config_docs.configuration_markdown(), "run `make docs`"
