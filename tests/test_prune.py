@@ -406,6 +406,18 @@ def test_amplitude_zero_keeps_layers_within_a_component_of_each_other():
     assert max(channels) - min(channels) <= 1
 
 
+@pytest.mark.parametrize("tenths", range(1, 8))
+@pytest.mark.parametrize("method", ["adapt", "llm-pruner", "sheared"])
+def test_as_published_is_the_share_that_was_given(method, tenths):
+    """Not that of the parameters it comes to, which are rounded: int(n (1 - s)), in decimals."""
+    model = tiny_model("qwen2", intermediate_size=50)
+    more = {"sheared_steps": 1} if method == "sheared" else {"iterations": 1}
+    more |= {"amplitude": 0.0} if method == "adapt" else {}
+    settings = PruneSettings(method=method, sparsity=tenths / 10, exact=False, **more)
+    pruned = prune(model, settings, calibration)
+    assert {shape.intermediate_size for shape in pruned.shapes} == {50 * (10 - tenths) // 10}
+
+
 def test_as_published_counts_are_not_corrected():
     settings = PruneSettings(sparsity=0.3, exact=False, uniform=True, iterations=3)
     pruned = prune(tiny_model(), settings, calibration)

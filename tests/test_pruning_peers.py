@@ -12,17 +12,18 @@ from tiny_models import FAMILIES, batches, tiny_model
 
 from graftlm.anatomy import linear
 from graftlm.errors import UserError
+from graftlm.parts import count_parameters
 from graftlm.pruning.base import Calibration
 from graftlm.pruning.inputs import watch_inputs
 from graftlm.pruning.methods.flap import Moments, compensation, fluctuation, input_moments
 from graftlm.pruning.methods.minitron import activation
 from graftlm.pruning.methods.wina import wina
-from graftlm.pruning.one_step import wanted_parameters
+from graftlm.pruning.per_layer_modeling import output_biases
 from graftlm.pruning.prune import prune
 from graftlm.pruning.ranking import ranked_counts
 from graftlm.pruning.settings import PruneSettings
-from graftlm.pruning.surgery import prunable_blocks
-from graftlm.pruning.targets import Sizes
+from graftlm.pruning.surgery import keep_components, prunable_blocks
+from graftlm.pruning.targets import Sizes, asked_parameters
 
 CONTROLS = ("flap", "shortgpt", "minitron", "wina")
 PADDED = {
@@ -141,7 +142,7 @@ def test_a_sparsity_asks_the_same_of_every_method(method):
     blocks = 4 * (2 * (2 + 2 + 1 + 1) * 8 + 3 * 24) * 32
     total = sum(p.numel() for p in model.parameters())
     chosen = PruneSettings(method=method, sparsity=0.5)
-    assert wanted_parameters(model, chosen) == total - blocks + blocks // 2
+    assert asked_parameters(model, chosen) == total - blocks + blocks // 2
     assert prune(model, chosen, calibration()).parameters <= total - blocks // 2
 
 
@@ -306,6 +307,18 @@ def test_bfloat16_and_models_whose_layers_differ(method):
     assert torch.isfinite(again.model(batches(1)[0]["input_ids"]).logits).all()
 
 
+def test_biases_that_are_there_are_not_counted_again():
+    """Where a first FLAP has left layers without heads, whose projection is a bias alone."""
+    first = PruneSettings(method="flap", sparsity=0.5, min_groups=0)
+    once = prune(tiny_model(num_hidden_layers=4), first, calibration())
+    empty = {"layer0_heads": torch.tensor([], dtype=torch.int64), "layer1_heads": torch.tensor([], dtype=torch.int64)}
+    model = keep_components(once.model, empty)
+    assert output_biases(model.model.layers[0])[0] is not None
+    target = count_parameters(model) - 500
+    again = prune(model, PruneSettings(method="flap", target_parameters=target, min_groups=0), calibration())
+    assert target - 3 * model.config.hidden_size < again.parameters <= target
+
+
 @pytest.mark.parametrize("method", ["flap", "shortgpt", "slicegpt", "sheared"])
 @pytest.mark.parametrize(
     ("change", "says"),
@@ -327,7 +340,7 @@ def test_a_sparsity_as_published_is_of_what_the_method_counts(method):
     model = tiny_model(num_hidden_layers=5, intermediate_size=20)
     hidden, groups = model.config.hidden_size, model.config.num_key_value_heads
     asked = PruneSettings(method=method, sparsity=0.4, exact=False, sheared_steps=2)
-    wanted = wanted_parameters(model, asked)
+    wanted = asked_parameters(model, asked)
     pruned = prune(model, asked, calibration())
     assert torch.isfinite(pruned.model(batches(1)[0]["input_ids"]).logits).all()
     if method == "shortgpt":
@@ -350,5 +363,5 @@ def test_widths_that_no_channel_is_removed_for(method):
 
 
 def test_slicegpt_cannot_tell_layers_apart():
-    with pytest.raises(UserError, match="the same from every layer"):
+    with pytest.raises(UserError, match="the same of all"):
         prune(tiny_model(), PruneSettings(method="slicegpt", sparsity=0.5, uniform=False), calibration())

@@ -10,7 +10,7 @@ from graftlm.anatomy import linear, read_anatomy
 from graftlm.errors import UserError
 from graftlm.masking import masked
 from graftlm.pruning.hard_concrete import LARGEST, Constraint, open_probability, sampled, settled
-from graftlm.pruning.methods.sheared import _rate, gate_rate, learn_masks, multiply_gates
+from graftlm.pruning.methods.sheared import _backward, _rate, gate_rate, learn_masks, multiply_gates
 from graftlm.pruning.prune import prune
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks
@@ -55,6 +55,18 @@ def test_constraint_by_hand():
     found = constraint(torch.tensor([0.1, 0.5]), torch.tensor([0.3, 0.3]))
     by_hand = ((2 * -0.2 + 10 * 0.04) + (2 * 0.2 + 10 * 0.04)) / 2
     assert float(found.detach()) == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_the_loss_is_the_mean_over_tokens_whatever_the_passes():
+    model = tiny_model()
+    [rows] = batches(1, rows=12)
+    halves = [{key: value[:9] for key, value in rows.items()}, {key: value[9:] for key, value in rows.items()}]
+    whole = _backward(model, [rows], torch.zeros(()))
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    assert _backward(model, halves, torch.zeros(())) == pytest.approx(whole, rel=1e-6)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_gates_can_close_in_however_few_steps():

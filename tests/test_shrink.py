@@ -197,6 +197,19 @@ def test_apex_begins_anew_in_every_phase(tmp_path):
         assert stages == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("phases", [1, 4, 20, 49])
+def test_phases_share_out_the_iterations(phases, tmp_path):
+    """With a fixed amplitude it is all of them that say how far layers move apart."""
+    task = tiny_shrink(tmp_path, prune={"iterations": None})
+    each = [
+        prune_settings(task, Phase(number, parameters=1000, first=0, end=1), phases).iterations
+        for number in range(1, phases + 1)
+    ]
+    assert sum(each) == 50 and max(each) - min(each) <= 1
+    many = [prune_settings(task, Phase(number, 1000, 0, 1), 60).iterations for number in range(1, 61)]
+    assert set(many) == {1}
+
+
 def test_no_two_phases_of_any_trials_draw_the_same(tmp_path):
     """Else trial 1's first phase would measure on what trial 0's second has measured on."""
     seeds = []
@@ -266,6 +279,35 @@ def test_what_cannot_be_is_said_first(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         quiet_shrink(tiny_shrink(tmp_path, **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"method": "flap", "iterations": 3}, "flap prunes in one step"),
+        ({"method": "shortgpt", "iterations": None, "heads_by": "loss"}, "leave out heads_by"),
+        ({"method": "sheared", "iterations": None, "uniform": False}, "makes all layers alike"),
+        ({"method": "slicegpt", "iterations": None, "uniform": False}, "takes the same of all"),
+        ({"method": "slicegpt", "iterations": None, "width_multiple": 7}, "no multiple of 7"),
+    ],
+)
+def test_what_a_method_cannot_do_is_said_before_anything_is_read(prune, message, tmp_path):
+    task = tiny_shrink(tmp_path, interleaves=1, prune=prune)
+    with pytest.raises(UserError, match=message):
+        plan_phases(task)
+    with pytest.raises(UserError, match=message):
+        dry_run(task)
+
+
+def test_a_sliced_student_learns_from_the_original(tmp_path):
+    task = tiny_shrink(
+        tmp_path,
+        max_steps=2,
+        interleaves=1,
+        prune={"method": "slicegpt", "iterations": None},
+        distillation=DistillationConfig(teacher="original", weight=0.5),
+    )
+    assert quiet_shrink(task)["parameters"] <= 160_000
 
 
 def test_sizes_below_all_components_are_left_to_methods_that_take_others(tmp_path):

@@ -50,6 +50,8 @@ FUSED_FEED_FORWARD = FeedForwardNames("mlp.gate_up_proj", "mlp.gate_up_proj", "m
 
 PER_LAYER = "per_layer_"
 """Model types of pruned models, whose layers differ, are their family's after this (pruning/per_layer_modeling.py)."""
+SLICED = "sliced_"
+"""The same of models with a sliced hidden size (pruning/sliced_modeling.py), whose layers are of no stock shape."""
 
 # model_type -> names. Families in the first line share Llama's layout; Qwen2 adds biases, Qwen3 and OLMo2 norms on
 # queries and keys, Gemma another activation: none of these changes where heads and channels live.

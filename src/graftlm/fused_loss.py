@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from graftlm.anatomy import FAMILIES, model_family
+from graftlm.anatomy import FAMILIES, SLICED, model_family
 from graftlm.errors import UserError
 
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def unfit(model: PreTrainedModel) -> str | None:
     """Why the loss of `model` cannot be fused; None where it can."""
-    family = model_family(model)
+    family = model_family(model).removeprefix(SLICED)  # their heads and logits are the stock family's
     if family not in FAMILIES:
         return f"family {family} may do more to its logits than is known here"
     head = model.get_output_embeddings()

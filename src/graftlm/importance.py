@@ -40,6 +40,11 @@ def with_labels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, "labels": labels if mask is None else labels.masked_fill(mask == 0, IGNORED)}
 
 
+def supervised(inputs: Mapping[str, Tensor]) -> int:
+    """Tokens of a batch that its loss is the mean over."""
+    return int((inputs["labels"][:, 1:] != IGNORED).sum())
+
+
 def scores_of(block: Block, by_matrix: Tensor) -> Tensor:
     """Scores as choose() takes them (advantage.py), float64 [ranked], from the energies [matrices, components] of the
     block's mixed matrices: a component's is divided evenly among its heads."""

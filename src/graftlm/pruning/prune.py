@@ -12,11 +12,12 @@ from graftlm.errors import UserError
 from graftlm.parts import count_parameters
 from graftlm.pruning.ablation import ablation
 from graftlm.pruning.base import Batch, Calibration, Measure, Pruned, PruneStep, PruningMethod
+from graftlm.pruning.checks import check
 from graftlm.pruning.layer_importance import LayerWatch
 from graftlm.pruning.layer_sparsity import Adaptive, Allocate, Progress
 from graftlm.pruning.methods import method
 from graftlm.pruning.settings import PruneSettings
-from graftlm.pruning.shapes import per_layer_config_class, shapes_of
+from graftlm.pruning.shapes import shapes_of
 from graftlm.pruning.surgery import keep_components, prunable_blocks
 from graftlm.pruning.targets import Target, apportioned, counts_of, find_target, published
 from graftlm.pruning.ways import iterations_of, layers_differ
@@ -35,8 +36,9 @@ def prune(
         calibration: sequences to measure on, for each iteration (calibration.py).
         heard: told of every iteration when it is done.
 
-    Raises UserError for a target that cannot be met and for a family that the method cannot prune.
+    Raises UserError for what checks.check tells, and where a measure is no number.
     """
+    check(model, settings)
     return method(settings.method)(model, settings, calibration, heard)
 
 
@@ -75,7 +77,6 @@ def iterate(
     """
     begin = time.perf_counter()
     shapes = tuple(shapes_of(model))
-    per_layer_config_class(model.config)  # a family that has none says so now
     target = find_target(model, settings, uniform=allocate is None)
     original = count_parameters(model)
     kept = {name: torch.arange(n) for one in target.sizes for name, n in zip(one.names, one.counts, strict=True)}

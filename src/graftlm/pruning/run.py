@@ -24,12 +24,11 @@ from graftlm.parts import layer_parameters
 from graftlm.progress import step_bar
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.calibration import TextCalibration, calibration_from
+from graftlm.pruning.checks import check
 from graftlm.pruning.notes import notes_on
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import SUMMARY, save_pruned
 from graftlm.pruning.settings import PruneSettings
-from graftlm.pruning.shapes import per_layer_config_class
-from graftlm.pruning.targets import check_size
 from graftlm.pruning.ways import calibration_in_words
 from graftlm.reporting.pruning import write_report
 
@@ -122,8 +121,7 @@ def _check_target(skeleton: PreTrainedModel | None, settings: PruneSettings) -> 
     """Raise UserError for a family or a size that cannot be, before data and weights are read. None: read first."""
     if skeleton is None:
         return
-    per_layer_config_class(skeleton.config)
-    check_size(skeleton, settings)
+    check(skeleton, settings)
 
 
 def _loss(model: nn.Module, calibration: TextCalibration) -> float | None:

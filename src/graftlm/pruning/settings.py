@@ -1,5 +1,6 @@
 """How a model is pruned: the settings of every way of doing it, checked when made. Imports nothing heavy."""
 
+import math
 import re
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -103,9 +104,9 @@ class PruneSettings:
             )
         if not self.exact and self.sparsity is None:
             raise UserError("prune: exact: false meets no target_parameters; give sparsity")
-        if self.amplitude is not None and self.amplitude < 0:
+        if self.amplitude is not None and not 0 <= self.amplitude < math.inf:
             raise UserError(
-                f"prune: amplitude {self.amplitude} must not be negative; 0 is no difference between layers"
+                f"prune: amplitude {self.amplitude} must be 0 (no difference between layers) or a number above it"
             )
         lowest = {"target_parameters": 1, "iterations": 1, "samples": 1, "sample_length": 2, "width_multiple": 1}
         for name, least in {**lowest, "min_groups": 0, "min_channels": 0, "seed": 0}.items():

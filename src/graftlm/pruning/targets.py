@@ -18,6 +18,9 @@ from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks
 from graftlm.pruning.ways import WAYS
 
+SLACK = 1e-9
+"""Of a number of components in floats: 10 (1 - 0.9) is a little under 1."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -93,10 +96,9 @@ class Target:
     """Of the components that stay, at most."""
     by_kind: tuple[int, ...]
     """The budget divided: heads and channels lose the same share as nearly as whole steps allow."""
-
-    @property
-    def sparsity(self) -> float:
-        return 1 - self.budget / self.original
+    sparsity: float
+    """Share of the components that goes: what the budget comes to; as published, what was asked for (the budget's is
+    rounded, and would take a component more of every block)."""
 
     def budget_at(self, kind: int, iteration: int, iterations: int) -> int:
         """Parameters of components of that kind at the end of an iteration: from all to the target in even steps."""
@@ -112,7 +114,8 @@ def parameters_left(model: nn.Module, sparsity: float) -> int:
 
 
 def asked_parameters(model: nn.Module, settings: PruneSettings) -> int:
-    """Parameters that the pruned model has at most, whatever it is pruned of.
+    """Parameters that the pruned model has at most, whatever it is pruned of. A sparsity asks for the same number of
+    every method: the model without that share of its heads' and channels' parameters.
 
     Raises UserError for a target above the model.
     """
@@ -167,9 +170,9 @@ def find_target(model: nn.Module, settings: PruneSettings, *, uniform: bool, bia
             f"prune: {_asked(settings)} is more than can go: at most sparsity {most}, which leaves {left:,} of "
             f"{total:,} parameters{counted}; ask for less, or lower min_groups, min_channels or width_multiple"
         )
-    return Target(
-        sizes, original, budget, _divided(sizes, budget, budget / original, uniform, settings.least_parameters)
-    )
+    by_kind = _divided(sizes, budget, budget / original, uniform, settings.least_parameters)
+    asked = None if settings.exact else settings.sparsity
+    return Target(sizes, original, budget, by_kind, 1 - budget / original if asked is None else asked)
 
 
 def _floored(share: float) -> float:
@@ -250,7 +253,7 @@ def apportioned(sizes: Sizes, now: Sequence[int], sparsity: Sequence[float] | No
         spent = sum(w * cost for w, cost in zip(shifted(middle), sizes.costs, strict=True))
         low, high = (middle, high) if spent <= budget else (low, middle)
     wanted = shifted(low)
-    counts = [int(w + 1e-9) // sizes.step * sizes.step for w in wanted]
+    counts = [int(w + SLACK) // sizes.step * sizes.step for w in wanted]
     left = budget - sizes.parameters(counts)
     order = sorted(range(len(counts)), key=lambda i: counts[i] - wanted[i])  # the largest remainder first
     changed = True
@@ -266,7 +269,8 @@ def apportioned(sizes: Sizes, now: Sequence[int], sparsity: Sequence[float] | No
 
 def published(sizes: Sizes, now: Sequence[int], sparsity: Sequence[float]) -> tuple[int, ...]:
     """Components that each block keeps by the authors' code: int(n (1 - s)), floored, whatever their sum."""
-    wanted = [int(count * (1 - s)) // sizes.step * sizes.step for count, s in zip(sizes.counts, sparsity, strict=True)]
+    shares = zip(sizes.counts, sparsity, strict=True)
+    wanted = [int(count * (1 - s) + SLACK) // sizes.step * sizes.step for count, s in shares]
     return tuple(min(max(w, a), b) for w, a, b in zip(wanted, sizes.least, now, strict=True))
 
 

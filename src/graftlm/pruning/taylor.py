@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftlm.anatomy import Block
-from graftlm.fused_loss import IGNORED, fused_where_it_fits
-from graftlm.importance import by_component, with_labels
+from graftlm.fused_loss import fused_where_it_fits
+from graftlm.importance import by_component, supervised, with_labels
 from graftlm.modes import evaluating
 from graftlm.parts import Part, parts
 from graftlm.pruning.base import Batch
@@ -35,7 +35,7 @@ def taylor(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Ba
             owners.setdefault(part.path, []).append((block, part))
     sums: dict[str, Tensor] = {}
     inputs = [with_labels({key: value.to(device) for key, value in batch.items()}) for batch in batches]
-    tokens = sum(int((one["labels"][:, 1:] != IGNORED).sum()) for one in inputs)
+    tokens = sum(map(supervised, inputs))
 
     def credit(path: str, gradient: Tensor) -> None:
         parameter = owners[path][0][1].parameter

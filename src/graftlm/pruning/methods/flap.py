@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from graftlm.anatomy import Block, linear
+from graftlm.anatomy import Block, decoder_layers, linear
 from graftlm.importance import by_component
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.inputs import column_norms, watch_inputs
-from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
+from graftlm.pruning.one_step import Before, pruned_from
+from graftlm.pruning.per_layer_modeling import output_biases
 from graftlm.pruning.prune import check_finite, strongest
 from graftlm.pruning.ranking import ranked_counts, uniform_counts
 from graftlm.pruning.settings import PruneSettings
@@ -101,10 +102,9 @@ def prune(
 ) -> Pruned:
     """One step. With `uniform` every layer keeps the same numbers, and the metric only says which."""
     before = Before.of(model)
-    wanted_parameters(model, settings)  # refuses iterations
     blocks = prunable_blocks(model)
     counted = settings.flap_compensation and settings.exact
-    added = _bias_parameters(model, blocks, len(before.shapes)) if counted else 0
+    added = _bias_parameters(model) if counted else 0
     target = find_target(model, settings, uniform=bool(settings.uniform), biases=added)
     moments = input_moments(model, blocks, calibration(0))
     check_finite({name: own.squares for name, own in moments.items()})  # NaN leaves no deviation to divide by
@@ -132,10 +132,8 @@ def _biases(
     return {layer: (attention, feed_forward) for layer, (attention, feed_forward) in found.items()}
 
 
-def _bias_parameters(model: PreTrainedModel, blocks: Sequence[Block], layers: int) -> int:
+def _bias_parameters(model: PreTrainedModel) -> int:
     """Parameters that two biases a layer add where there are none yet."""
-    outputs = [linear(model, block.output.module) for block in blocks]
-    return (
-        sum(output.out_features for output in outputs if output.bias is None)
-        + (2 * layers - len(outputs)) * outputs[0].out_features
-    )
+    biases = [bias for layer in decoder_layers(model)[1] for bias in output_biases(layer)]
+    hidden: int = model.config.hidden_size
+    return hidden * sum(bias is None for bias in biases)

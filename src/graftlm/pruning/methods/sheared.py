@@ -28,11 +28,11 @@ from transformers import PreTrainedModel
 
 from graftlm.anatomy import Block, linear
 from graftlm.errors import UserError
-from graftlm.importance import with_labels
+from graftlm.importance import supervised, with_labels
 from graftlm.parts import component_cost
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.hard_concrete import LARGEST, OPEN, Constraint, open_probability, sampled, settled
-from graftlm.pruning.one_step import Before, pruned_from, wanted_parameters
+from graftlm.pruning.one_step import Before, pruned_from
 from graftlm.pruning.prune import strongest
 from graftlm.pruning.ranking import uniform_as_published, uniform_counts
 from graftlm.pruning.settings import PruneSettings
@@ -194,14 +194,15 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _backward(model: PreTrainedModel, batches: list[Batch], penalty: Tensor) -> float:
-    """Leave the gradients of the mean loss over batches plus `penalty`, and return that loss; where none of a batch's
-    tokens is supervised, all are."""
+    """Leave the gradients of the mean loss over the tokens of all batches plus `penalty`, and return that loss; where
+    none of a batch's tokens is supervised, all are."""
     total = torch.zeros_like(penalty)
-    for number, batch in enumerate(batches, start=1):
-        inputs = with_labels({key: value.to(penalty.device) for key, value in batch.items()})
-        loss = model(**inputs, use_cache=False).loss / len(batches)
+    given = [with_labels({key: value.to(penalty.device) for key, value in batch.items()}) for batch in batches]
+    tokens = sum(map(supervised, given))
+    for number, inputs in enumerate(given, start=1):
+        loss = model(**inputs, use_cache=False, num_items_in_batch=tokens).loss
         total += loss.detach()
-        if number < len(batches):
+        if number < len(given):
             loss.backward(retain_graph=True)  # the draws of the gates, which all batches share
         else:
             (loss + penalty).backward()
@@ -213,10 +214,7 @@ def prune(
     model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
 ) -> Pruned:
     """`heard` is told of every step of training too, with the parameters that the gates are expected to leave."""
-    if settings.uniform is False:
-        raise UserError("prune: sheared makes all layers alike, as its paper does; leave uniform out")
     before = Before.of(model)
-    wanted_parameters(model, settings)  # refuses iterations
     blocks = prunable_blocks(model)
     target = find_target(model, settings, uniform=True)
     counts = uniform_counts(target) if settings.exact else uniform_as_published(target, settings.sparsity or 0.0)

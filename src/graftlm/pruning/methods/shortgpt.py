@@ -14,18 +14,16 @@ from transformers import PreTrainedModel
 from graftlm.parts import layer_parameters
 from graftlm.pruning.base import Calibration, Pruned, PruneStep
 from graftlm.pruning.layer_importance import layer_importance
-from graftlm.pruning.one_step import Before, check_widths, kept_as_published, pruned_from, wanted_parameters
+from graftlm.pruning.one_step import Before, kept_as_published, pruned_from
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_layers, prunable_blocks
-from graftlm.pruning.targets import check_size
+from graftlm.pruning.targets import asked_parameters
 
 
 def prune(
     model: PreTrainedModel, settings: PruneSettings, calibration: Calibration, heard: Callable[[PruneStep], None]
 ) -> Pruned:
-    before, wanted = Before.of(model), wanted_parameters(model, settings)
-    check_widths(model, settings)
-    check_size(model, settings)
+    before, wanted = Before.of(model), asked_parameters(model, settings)
     # Ranked, block influence is the importance of layers of Adapt-Pruner: that is it minus the mean, scaled.
     influence = layer_importance(model, calibration(0), settings.similarity)
     sizes = layer_parameters(model)

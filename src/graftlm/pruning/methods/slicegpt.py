@@ -25,11 +25,12 @@ from graftlm.anatomy import decoder_layers, linear
 from graftlm.errors import UserError
 from graftlm.parts import count_parameters
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
-from graftlm.pruning.one_step import Before, check_widths, kept_as_published, pruned_from, wanted_parameters
+from graftlm.pruning.one_step import Before, kept_as_published, pruned_from
 from graftlm.pruning.prune import check_finite
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.sliced_modeling import FAMILIES, NORMS
 from graftlm.pruning.surgery import prunable_blocks, rebuilt
+from graftlm.pruning.targets import asked_parameters
 
 MANY = 20
 """Calibration tokens for each dimension, below which a note asks for more."""
@@ -44,14 +45,9 @@ def prune(
     """Slice the hidden size so that the target is met: the widest model that is not above it, rotations included.
     With `exact: false`, as published: the sparsity is the share of the hidden size that goes.
 
-    Raises UserError for a family whose norms do not allow it, for a target that a hidden size of 1 misses, and for
-    settings that it cannot follow.
+    Raises UserError for a target that a hidden size of 1 misses.
     """
-    check_family(model)
-    if settings.uniform is False:
-        raise UserError("prune: slicegpt takes the same from every layer; leave uniform out")
-    before, wanted = Before.of(model), wanted_parameters(model, settings)
-    check_widths(model, settings)
+    before, wanted = Before.of(model), asked_parameters(model, settings)
     kept = {block.name: torch.arange(block.components) for block in prunable_blocks(model)}
     batches = calibration(0)
     wide = folded(model)
@@ -72,16 +68,6 @@ def prune(
             "give more samples, or longer ones"
         )
     return pruned_from(before, sliced, settings, kept, heard, notes=tuple(notes))
-
-
-def check_family(model: PreTrainedModel) -> None:
-    """Raise UserError unless the model's norms commute with a rotation of the residual stream."""
-    family = str(model.config.model_type)
-    if family not in FAMILIES:
-        raise UserError(
-            f"prune: slicegpt cannot slice model type {family}: it needs layers of the stock shape, and norms before "
-            f"attention and FFN that a rotation passes through; those of {', '.join(FAMILIES)} do"
-        )
 
 
 def folded(model: PreTrainedModel) -> PreTrainedModel:

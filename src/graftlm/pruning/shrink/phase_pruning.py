@@ -2,7 +2,6 @@
 not at all."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,7 +44,7 @@ def prune_settings(shrink: Shrink, phase: Phase, phases: int) -> PruneSettings:
     settings = shrink.prune
     iterations, whole = settings.iterations, WAYS[settings.method].iterations
     if iterations is None and whole is not None:  # from the original to the target, which phases share out
-        iterations = math.ceil(whole / phases)
+        iterations = max(1, whole * phase.number // phases - whole * (phase.number - 1) // phases)
     return dataclasses.replace(
         settings,
         iterations=iterations,

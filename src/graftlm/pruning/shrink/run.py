@@ -18,6 +18,7 @@ from graftlm.files import locked, plain_disk_errors, read_json, remove_unfinishe
 from graftlm.models import load_model, load_tokenizer
 from graftlm.parts import count_parameters, layer_parameters
 from graftlm.pruning.base import PruneStep
+from graftlm.pruning.checks import check
 from graftlm.pruning.saving import save_pruned
 from graftlm.pruning.shapes import shapes_of
 from graftlm.pruning.shrink.card import shrunk_card
@@ -26,7 +27,7 @@ from graftlm.pruning.shrink.folders import PhaseFolder
 from graftlm.pruning.shrink.phase_pruning import prune_phase, prune_settings
 from graftlm.pruning.shrink.phases import Phase, phases_of
 from graftlm.pruning.shrink.story import print_summary, summarise, write_metrics
-from graftlm.pruning.targets import asked_parameters, check_size
+from graftlm.pruning.targets import asked_parameters
 from graftlm.reporting import figures
 from graftlm.training.arguments import check_settings
 from graftlm.training.checkpoints import list_checkpoints
@@ -90,7 +91,7 @@ def plan_phases(task: Shrink) -> dict[str, Any]:
     the model cannot have."""
     model: Any = load_skeleton(task.run)
     original = count_parameters(model)
-    check_size(model, task.prune)
+    check(model, task.prune)
     target = asked_parameters(model, task.prune)
     phases = phases_of(
         original,
