@@ -60,6 +60,9 @@ def test_a_gain_is_checked_against_plain_training_at_a_higher_rate():
         assert (found.answer, found.gain) == (answer, pytest.approx(0.1))
         assert found.over_faster == pytest.approx(0.1 - ahead)
         assert found == check(judge(gains), [gain - ahead for gain in gains])
+    unclear = [0.1, -0.1, 0.06, 0.1, -0.02]
+    for over, answer in [([-0.3, -0.31, -0.3], "does not"), ([0.3, 0.31, 0.3], "undecided"), (unclear, "undecided")]:
+        assert replay(unclear, over).answer == answer  # not ahead of the faster control is not ahead
     none = replay([-gain for gain in gains], [1.0, 1.0, 1.0])  # no gain, nothing to check
     assert (none.answer, none.over_faster, none.over_faster_interval) == ("does not", None, None)
 

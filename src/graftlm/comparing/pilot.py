@@ -12,7 +12,7 @@ from graftlm.comparing.config import ONE_ORDER, check_one_process, one_order
 from graftlm.comparing.process import RunFailed, check_writable, discard, run_record
 from graftlm.comparing.results import Record
 from graftlm.comparing.statistics import FEWEST, LEVEL, are_copies
-from graftlm.comparing.verdict import FASTER, MINIMUM_EFFECT, PAIRS, check, judge
+from graftlm.comparing.verdict import FASTER, MINIMUM_EFFECT, PAIRS, check, judge, to_check
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import locked, read_json, write_json
@@ -45,13 +45,13 @@ class Plan:
 
     @property
     def most_tokens(self) -> int:
-        """Of all pairs, and of the check of a gain."""
+        """Of all pairs, and of the faster control's runs."""
         return self.pairs * (2 * self.run_tokens + self.assessed_tokens) + FEWEST * self.run_tokens
 
 
 def plan_pilot(config: RunConfig, total_steps: int, *, share: float = SHARE, pairs: int = PAIRS) -> Plan:
     """The same run with its whole schedule and its stages scaled down, so that as many pairs as possible, at most
-    `pairs`, and the check of a gain fit into the budget.
+    `pairs`, and the faster control's runs fit into the budget.
 
     total_steps: of the planned run. Raises UserError where a run would be too short to tell anything.
     """
@@ -124,7 +124,7 @@ def _intervals(config: RunConfig, steps: int, scale: float) -> dict[str, Any]:
 
 
 def _runs(pairs: int) -> float:
-    """How many runs' tokens so many pairs take, with what is assessed, and with the check of a gain."""
+    """How many runs' tokens so many pairs take, with what is assessed, and with the faster control's."""
     return pairs * (2 + 1 / ASSESSED) + FEWEST
 
 
@@ -137,8 +137,8 @@ def pilot(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run pairs (seeds config.seed, config.seed + 1, ...) until the answer is clear, the budget or the pairs are used
-    up, and check a gain against plain training at a higher rate; prints the answer in one line and writes it to
-    OUTPUT_DIR-pilot/pilot.json, which it returns.
+    up, and then, unless it does not pay, plain training at a higher rate; prints the answer in one line and writes it
+    to OUTPUT_DIR-pilot/pilot.json, which it returns.
 
     A pilot that was stopped goes on: finished runs are kept there. Raises UserError for a planned run that is too
     short, without held-out data, or whose pilot runs fail.
@@ -169,8 +169,9 @@ def _pilot(config: RunConfig, plan: Plan, folder: Path, minimum_effect: float, c
         )
         if are_copies([control["eval_loss_end"] for control in records[1::2]]):
             break  # pairs that are copies of one another are no sample, however many
-    if verdict.answer == "pays":
-        console.print(f"ahead of plain training; is that more than {FASTER:g} times the rate gives?", highlight=False)
+    if to_check(verdict):
+        so_far = "ahead of plain training" if verdict.answer == "pays" else "not clear yet"
+        console.print(f"{so_far}; is it ahead of plain training at {FASTER:g} times the rate?", highlight=False)
         faster = [
             _run_faster(plan.config, config.seed + number, own[number]["stage_starts"], folder, console)
             for number in range(FEWEST)

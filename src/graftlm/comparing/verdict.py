@@ -1,6 +1,6 @@
 """What a pilot's pairs say: pays, does not, undecided; and what it would have said on runs that exist."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ MINIMUM_EFFECT = 0.002
 """Nats per token: a fifth of a percent of perplexity."""
 PAIRS = 5
 FASTER = 1.5
-"""Times the control's learning rate: the second control, which a gain is checked against. Whatever moves weights
+"""Times the control's learning rate: the second control, which a method has to be ahead of, too. Whatever moves weights
 further a step is ahead at first (experiments/pilot)."""
 
 
@@ -28,7 +28,7 @@ class Verdict:
     interval: tuple[float, float] | None
     """Holds the true mean with 95%, whichever look the pilot stopped at."""
     over_faster: float | None = None
-    """Mean of the faster control minus method, over the first pairs; None where there was no gain to check."""
+    """Mean of the faster control minus method, over the first pairs; None where the pairs alone said `does not`."""
     over_faster_interval: tuple[float, float] | None = None
     """Holds the true mean with 95%."""
 
@@ -44,14 +44,21 @@ def judge(gains: Sequence[float], *, minimum_effect: float = MINIMUM_EFFECT, pai
 
 
 def check(verdict: Verdict, over_faster: Sequence[float], *, minimum_effect: float = MINIMUM_EFFECT) -> Verdict:
-    """The answer after a gain was checked against the faster control.
+    """The answer after the faster control, of a verdict that was not `does not`.
 
     over_faster: faster control minus method of the first FEWEST pairs. Training at a higher rate is ahead after a few
-    steps, whatever it does in the end: a method that is ahead by no more than that does not pay.
+    steps, whatever it does in the end: a method that is ahead by no more than that does not pay, whether it is ahead of
+    the control or that is not clear.
     """
     interval = repeated_interval(over_faster, looks=1)
     mean = sum(over_faster) / len(over_faster)
-    return replace(verdict, answer=_answer(interval, minimum_effect), over_faster=mean, over_faster_interval=interval)
+    answer = _of_both([verdict.answer, _answer(interval, minimum_effect)])
+    return replace(verdict, answer=answer, over_faster=mean, over_faster_interval=interval)
+
+
+def to_check(verdict: Verdict) -> bool:
+    """Whether the faster control can still change the answer; False, too, for pairs that give no interval."""
+    return verdict.answer != "does not" and verdict.interval is not None
 
 
 def replay(
@@ -62,15 +69,21 @@ def replay(
     pairs: int = PAIRS,
 ) -> Verdict:
     """What a pilot would have said on pairs that have been run already (control minus method, and faster control minus
-    method, in order): it stops at the first clear look, and sees no more than `pairs` of them."""
+    method, in order): it stops at the first clear look, and sees no more than `pairs` of them. Fewer than FEWEST of the
+    faster control: the answer without it."""
     verdict = judge([], minimum_effect=minimum_effect, pairs=pairs)
     for count in range(1, min(pairs, len(gains)) + 1):
         verdict = judge(gains[:count], minimum_effect=minimum_effect, pairs=pairs)
         if verdict.answer != "undecided":
             break
-    if verdict.answer == "pays":
+    if to_check(verdict) and len(over_faster) >= FEWEST:
         verdict = check(verdict, over_faster[:FEWEST], minimum_effect=minimum_effect)
     return verdict
+
+
+def _of_both(answers: Collection[str]) -> str:
+    """It pays if it is ahead of both controls, and does not if it is not ahead of one."""
+    return next(answer for answer in ("does not", "undecided", "pays") if answer in answers)
 
 
 def _answer(interval: tuple[float, float] | None, minimum_effect: float) -> str:
@@ -120,8 +133,7 @@ def replay_comparison(
             )
             gains = (list(late[name].values()), _over(late[name], late[faster]))
             answers = {_answer(repeated_interval(one, looks=1), minimum_effect) for one in gains}
-            truth = next(answer for answer in ("does not", "undecided", "pays") if answer in answers)
-            found.append(Replayed(name, verdict, truth))
+            found.append(Replayed(name, verdict, _of_both(answers)))
     return found
 
 
