@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graftlm import advantage
 from graftlm.advantage import choose, count_of, rank_votes, set_size
 from graftlm.anatomy import Block
 from graftlm.errors import UserError
@@ -91,3 +92,12 @@ def test_sets_that_would_overlap(kind, unit, components):
     assert f"{components} {unit}" in message
     largest = float(re.search(r"at most ([\d.]+)", message)[1])
     assert set_size(block(components, kind=kind), largest) == components // 2  # the advice works, and is the limit
+
+
+def test_votes_of_many_modules_in_parts(monkeypatch):
+    activations = torch.rand(5, 4, 9, generator=torch.Generator().manual_seed(0))
+    valid = torch.tensor([True, False, True, True])
+    monkeypatch.setattr(advantage, "TOP_K_AT_ONCE", 2 * 4 * 9)
+    found = rank_votes(activations, 2, valid)
+    for module, votes in zip(activations, found, strict=True):
+        assert torch.equal(votes, rank_votes(module[valid].double(), 2))

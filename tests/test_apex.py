@@ -336,3 +336,32 @@ def test_effective_k_is_of_all_layers():
     apex = Apex(model, ApexConfig(stages=1, k_heads=0.125), total_steps=1)
     assert apex.effective_k["heads"] == (1 + 1) / (2 + 8)
     assert "heads: K = 12.50% becomes 12.50% to 50.00% (by layer) when rounded on key-value groups" in apex.notes
+
+
+def test_every_stage_and_block_draws_numbers_of_its_own():
+    apex, _ = begun(tiny_model(), assessment="random", stages=2)
+    first = {name: choice.order for name, choice in apex.choices.items()}
+    drawn = [tie.operator.D.detach().clone() for tie in apex.ties]
+    assert not torch.equal(first["layer0_channels"], first["layer1_channels"])
+    apex.next_stage()
+    assert not torch.equal(first["layer0_channels"], apex.choices["layer0_channels"].order)
+    assert not any(torch.equal(old, tie.operator.D) for old, tie in zip(drawn, apex.ties, strict=True))
+
+
+def test_an_epoch_that_reads_a_little_less_ends_a_stage():
+    apex, _ = begun(tiny_model(), stages=2, stage_by="epochs", stage_length=1.0)
+    assert apex.clock.due(epoch=0.9999999, tokens=0) and not apex.clock.due(epoch=0.99, tokens=0)
+
+
+def test_the_multiplier_of_a_shared_operator_is_that_of_all_its_matrices():
+    apex, _ = begun(tiny_model(), operator_learning_rate="auto", stages=2)
+    with torch.no_grad():
+        for name, parameter in apex.model.named_parameters():
+            if "gate_proj" in name:
+                parameter.mul_(10)
+    apex.assess(batches(2))
+    apex.next_stage()
+    for tie, multiplier in zip(apex.ties, apex.rates.multipliers, strict=True):
+        panels = apex._expansion_of[tie.name].advantageous_panels(tie)
+        rms = torch.cat([panel.flatten() for panel in panels]).square().mean().sqrt()
+        assert multiplier == pytest.approx(1 / (tie.operator.spread() * float(rms)), rel=1e-5)

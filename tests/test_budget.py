@@ -143,3 +143,16 @@ def test_authors_diagonals_need_all_of_n():
     with pytest.raises(UserError, match="authors_diagonals: needs N to train whole"):
         Apex(model, ApexConfig(stages=1, trains="small", budget=0.05, authors_diagonals=True))
     untouched(model)
+
+
+def test_heads_and_channels_take_turns_too():
+    """Of what neither N nor P has, about the same share of both trains."""
+    apex = begun(tiny_model(**FINE), trains="half", budget=0.7)
+    shares = {}
+    for block in apex.anatomy.blocks:
+        counts, size = apex.budget.blocks[block.name], apex.sizes[block.name] // block.slots
+        between = block.components - 2 * size
+        if between:
+            shares.setdefault(block.kind, []).append((counts.rest / between, 1 / between))
+    for share, step in shares["channels"]:
+        assert all(abs(share - other) <= 1.5 * max(step, its) for other, its in shares["heads"])

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +20,7 @@ from graftlm.checkpointing import (
     save_tensors,
 )
 from graftlm.errors import UserError
+from graftlm.training.checkpoints import load_random_state, save_random_states
 
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.9)),
@@ -124,3 +127,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         save_tensors(path, {"a": torch.ones(3)}, metadata={1, 2})  # no JSON: fails in the middle
     assert torch.equal(load_tensors(path)["a"], torch.zeros(3))
     assert [file.name for file in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_every_stream_of_random_numbers_goes_on(tmp_path):
+    def drawn():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    drawn()
+    save_random_states(tmp_path)
+    first = drawn()
+    assert drawn() != first
+    load_random_state(tmp_path)
+    assert drawn() == first

@@ -172,3 +172,29 @@ def test_differences_that_are_all_the_same_have_no_interval():
     assert found.mean == pytest.approx(0.005)
     assert (found.t_interval, found.bootstrap_interval, found.shown) == (None, None, "no interval")
     assert difference([0.005, 0.005, 0.010]).t_interval is not None
+
+
+def test_the_interval_of_needed_tokens_is_the_inverted_t_test():
+    multiples, apart = np.array([0.5, 0.75, 1.0, 1.5, 2.0]), np.array([0.0, 0.01, -0.02])
+    arm = law(1.2) + apart + np.array([1e-3, -1e-3, 5e-4])
+    found = tokens_needed(arm, np.tile(multiples, (3, 1)), law(multiples)[None] + apart[:, None])
+    for end in found.interval:
+        assert stats.ttest_rel(arm, law(end) + apart).pvalue == pytest.approx(0.05, abs=0.006)
+
+
+def test_multiples_differ_by_seed_and_nothing_is_extrapolated():
+    multiples = np.array([0.5, 0.75, 1.0, 1.5, 2.0]) * np.array([[1.0], [1.1], [0.9]])
+    found = tokens_needed([3.2, 3.2001, 3.1999], multiples, law(multiples))
+    assert (found.smallest, found.largest) == (pytest.approx(0.55), pytest.approx(1.8))
+
+
+@pytest.mark.parametrize(("loss", "low", "high"), [(2.9, 2.0, None), (3.5, None, 0.5)])
+def test_far_outside_an_end_is_what_was_run(loss, low, high):
+    plain = np.tile(law(MULTIPLES), (3, 1))
+    found = tokens_needed([loss, loss + 1e-3, loss - 1e-3], np.tile(MULTIPLES, (3, 1)), plain)
+    for end, wanted in zip(found.interval, (low, high), strict=True):
+        assert end == (wanted if wanted is None else pytest.approx(wanted))
+
+
+def test_differences_that_are_all_the_same_give_no_interval_at_any_look():
+    assert repeated_interval([0.1, 0.1, 0.1], looks=3) is None

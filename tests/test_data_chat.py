@@ -122,3 +122,13 @@ def test_tools_reach_the_template():
     tokenizer = byte_tokenizer("{% for tool in tools %}{{ tool['name'] }}{% endfor %}" + CHATML)
     ids, _ = encode(tokenizer, TURNS, tools=[{"name": "search"}])
     assert tokenizer.decode(ids.tolist()).startswith("search<|im_start|>")
+
+
+def test_a_prompt_that_later_turns_do_not_have_is_refused():
+    """As Qwen3's, whose prompt for an answer may open a thought that the finished turn has not."""
+    prompt = "{% if add_generation_prompt %}"
+    assert prompt in CHATML
+    begin, _, end = CHATML.rpartition(prompt)
+    thinking = begin + prompt + "{{ '<think>' }}" + end
+    with pytest.raises(UserError):
+        encode(byte_tokenizer(thinking), TURNS)

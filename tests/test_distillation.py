@@ -116,3 +116,11 @@ def test_what_does_not_go_together(tmp_path):
     with pytest.raises(UserError, match="has 80 logits and the model 64"):
         DistilledLoss(model, teacher, weight=1, temperature=1)
     assert model(**batches(1)[0]).logits is not None  # its own loss is back
+
+
+def test_the_teacher_has_no_dropout():
+    student, teacher = tiny_model().train(), tiny_model(seed=1, attention_dropout=0.5).train()
+    DistilledLoss(student, teacher, weight=1.0, temperature=1.0)
+    batch = batches(1)[0]
+    assert not teacher.training
+    assert student(**batch).loss.item() == student(**batch).loss.item()

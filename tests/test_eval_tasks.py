@@ -1,6 +1,7 @@
 """Tasks on local files: the stock definition, the stock prompt; the questions chosen; everything that can be wrong."""
 
 import json
+import os
 from collections import Counter
 
 import lm_eval.tasks
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from graftlm.errors import UserError
 from graftlm.evaluation import tasks as module
+from graftlm.evaluation.local_data import read_local
 from graftlm.evaluation.tasks import choose_questions, leaf_tasks, leaves, parse_tasks, prepare_tasks, stock_manager
 
 
@@ -336,3 +338,17 @@ def test_earlier_call_leaves_nothing_behind(data, tmp_path):
     write(tmp_path, "arc_easy/test.jsonl", science(1, start=7))
     task = task_of("arc_easy", tmp_path)
     assert requests_of(task)[0][0] == "Question: What is 7 and 7?\nAnswer:"
+
+
+def test_data_that_changes_between_two_evaluations_is_read_anew(tmp_path):
+    """And examples count as well as questions where scores are asked whether they are of the same data."""
+    folder = write_folder(tmp_path)
+    config = {"dataset_path": "cais/mmlu", "dataset_name": "anatomy"}
+    before = read_local("mmlu_anatomy", config, folder, 5)
+    assert set(before.files) == {"mmlu/test.jsonl", "mmlu/dev.jsonl"}
+    file = folder / "mmlu/test.jsonl"
+    file.write_text(file.read_text().replace('"w"', '"another"'))
+    os.utime(file, (1, 1))
+    after = read_local("mmlu_anatomy", config, folder, 5)
+    assert after.files["mmlu/test.jsonl"] != before.files["mmlu/test.jsonl"]
+    assert after.splits["test"][0] != before.splits["test"][0]

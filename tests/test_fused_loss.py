@@ -186,3 +186,32 @@ def test_runs_come_out_the_same_and_the_plan_knows(tmp_path):
     peaks = [estimate(dataclasses.replace(config, fused_loss=f), model, 100)["memory"] for f in (False, True)]
     parts = [sum(bytes_ for name, bytes_ in peak.items() if name != "process") for peak in peaks]
     assert 0 < parts[1] < parts[0]
+
+
+def test_labels_that_are_shifted_already():
+    _, fused, _ = both("llama")
+    ids = batches(1)[0]["input_ids"]
+    shifted = ids.roll(3, dims=1)  # of something else than `labels`
+    wanted = F.cross_entropy(tiny_model().train()(ids).logits.flatten(0, 1), shifted.flatten())
+    torch.testing.assert_close(fused(ids, labels=ids, shift_labels=shifted).loss, wanted, rtol=1e-6, atol=0)
+
+
+def test_many_chunks_keep_the_bits_of_the_weights_gradient(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 8, generator=generator).bfloat16()
+    w = torch.randn(16, 8, generator=generator).bfloat16()
+    targets = torch.randint(0, 16, (400,), generator=generator)
+    monkeypatch.setitem(fused_loss.LOGITS_AT_ONCE, "cpu", 16)  # a token a chunk
+    weight = w.clone().requires_grad_()
+    linear_cross_entropy(x, weight, targets, None).backward()
+    exact = w.double().requires_grad_()
+    F.cross_entropy(x.double() @ exact.T, targets, reduction="sum").backward()
+    assert (weight.grad.double() - exact.grad).norm() < 5e-3 * exact.grad.norm()
+
+
+def test_a_pass_that_fails_leaves_the_softcap():
+    _, fused, _ = both("gemma2", final_logit_softcapping=3.0)
+    ids = batches(1)[0]["input_ids"]
+    with pytest.raises(IndexError):
+        fused(ids + 10**6, labels=ids)
+    assert fused.config.final_logit_softcapping == 3.0

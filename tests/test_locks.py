@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -19,7 +20,7 @@ from tiny_runs import files_of, tiny_config
 from graftlm import files
 from graftlm.comparing import pilot as piloting
 from graftlm.errors import UserError
-from graftlm.files import locked
+from graftlm.files import locked, write_text
 from graftlm.models import load_tokenizer
 from graftlm.training import run
 from graftlm.training.checkpoints import STATE_FILE, list_checkpoints
@@ -131,3 +132,28 @@ def test_the_cache_is_written_once(tmp_path, monkeypatch):
         assert list(threads.map(prepare, range(2))) == [23, 23]
     assert len(written) == 1
     assert {path.name for path in written[0].parent.iterdir()} == {written[0].name}  # no lock is left
+
+
+def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_it_returns(tmp_path, monkeypatch):
+    log = []
+    fsync, replace, rename = files._fsync, Path.replace, Path.rename
+
+    def named(move, path, target):
+        log.append(("name", Path(target).name))
+        return move(path, target)
+
+    monkeypatch.setattr(files, "_fsync", lambda path: (log.append(("sync", Path(path).name)), fsync(path))[1])
+    monkeypatch.setattr(Path, "replace", lambda path, target: named(replace, path, target))
+    monkeypatch.setattr(Path, "rename", lambda path, target: named(rename, path, target))
+    write_text(tmp_path / "one", "x")
+    assert [kind for kind, _ in log] == ["sync", "name", "sync"] and log[1:] == [
+        ("name", "one"),
+        ("sync", tmp_path.name),
+    ]
+    log.clear()
+    with files.atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner/file").write_text("x")
+    *before, name, after = log
+    assert {"inner", "file", temporary.name} <= {path for kind, path in before if kind == "sync"}
+    assert (name, after) == (("name", "folder"), ("sync", tmp_path.name))

@@ -183,3 +183,14 @@ def test_spread_is_how_far_a_step_moves_a_row(kind):
         moving.copy_(torch.randn(moving.shape, generator=generator).sign())
     moved = operator(drawn(400, 200, dtype=torch.float64, seed=4))
     assert operator.spread() == pytest.approx(float(moved.detach().square().mean().sqrt()), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["monarch", "diagonal"])
+def test_spread_where_blocks_are_not_square(kind):
+    operator = make_operator(kind, 800, torch.float64)  # 25 blocks of 32
+    generator = torch.Generator().manual_seed(0)
+    operator.reset(generator)
+    with torch.no_grad():
+        operator.R.copy_(torch.randn(operator.R.shape, generator=generator).sign())
+    moved = operator(torch.randn(800, 200, generator=generator, dtype=torch.float64))
+    assert operator.spread() == pytest.approx(float(moved.detach().square().mean().sqrt()), rel=0.04)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, batches, tiny_model
+from tiny_models import FAMILIES, batches, nats_and_tokens, tiny_model, unequal_batches
 from torch.nn import functional as F
 
 from graftlm.errors import UserError
@@ -542,3 +542,33 @@ def test_every_method_refuses_an_unknown_family_before_it_measures(method):
     with pytest.raises(UserError, match="model type stablelm") as refused:
         prune(model, PruneSettings(method=method, sparsity=0.3), never)
     assert "\n" not in str(refused.value)
+
+
+def test_taylor_weighs_tokens():
+    model = tiny_model().eval()
+    found = taylor(model, prunable_blocks(model), unequal_batches())["layer0_channels"]
+    counted = [nats_and_tokens(model, batch["input_ids"]) for batch in unequal_batches()]
+    (sum(nats for nats, _ in counted) / sum(tokens for _, tokens in counted)).backward()
+    mlp = model.model.layers[0].mlp
+    by_hand = sum(
+        (linear.weight * linear.weight.grad).abs().sum(dim)
+        for linear, dim in ((mlp.gate_proj, 1), (mlp.up_proj, 1), (mlp.down_proj, 0))
+    )
+    torch.testing.assert_close(found, by_hand.detach(), rtol=1e-4, atol=0)
+
+
+def test_sizes_fall_in_even_steps_on_sequences_of_their_own():
+    settings, asked, heard = PruneSettings(sparsity=0.4, iterations=4), [], []
+    shape = {"intermediate_size": 200}
+    target = find_target(tiny_model(**shape), settings, uniform=False)
+    prune(tiny_model(**shape), settings, lambda i: asked.append(i) or batches(2, seed=i), heard.append)
+    assert asked == [0, 1, 2, 3]
+    total = count_parameters(tiny_model(**shape))
+    for step in heard:
+        even = total - (target.original - target.budget) * step.iteration / 4
+        assert even - 2 * target.sizes[0].one_step - 4 < step.parameters < even + 4
+
+
+def test_remainders_that_are_larger_are_rounded_up():
+    sizes = Sizes("channels", ("a", "b"), (10, 10), (1, 1), 1, (1, 1))
+    assert apportioned(sizes, (10, 10), (0.27, 0.23), 15) == (7, 8)

@@ -104,7 +104,7 @@ def test_chosen_by_a_measure(choose_by, highest):
     model = tiny_model()
     reference = plain_copy(model)
     settings = S2ftSettings(budget=0.15, choose_by=choose_by, highest=highest)
-    method, _ = begun(model, "s2ft", s2ft=settings)
+    method, optimizer = begun(model, "s2ft", s2ft=settings)
     down = reference.model.layers[1].mlp.down_proj
     if choose_by == "weight":
         score = down.weight.square().sum(0)
@@ -127,6 +127,12 @@ def test_chosen_by_a_measure(choose_by, highest):
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if name.startswith("s2ft.")
     }
+    before = weights(model)
+    train(method, optimizer, batches(2))  # which what was looked at must not have taken the slices from
+    method.finish()
+    for name, mask in masks(reference, method).items():
+        assert not torch.equal(weights(model)[name], before[name])
+        assert torch.equal(weights(model)[name][~mask], before[name][~mask])
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])

@@ -1,5 +1,7 @@
 """Sheared-LLaMA: hard concrete gates, their constraint, and what they choose."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -233,3 +235,7 @@ def test_it_tells_its_progress_and_can_be_interrupted():
 def test_bad_settings(change, says):
     with pytest.raises(UserError, match=says):
         prune(tiny_model(), chosen(**change), calibration)
+
+
+def test_gates_settle_as_the_authors_do():
+    assert float(settled(torch.tensor(1.0))) == pytest.approx(1 / (1 + math.exp(-0.8 / (2 / 3))))

@@ -14,11 +14,18 @@ from transformers import AutoModelForCausalLM
 
 from graftlm.errors import UserError
 from graftlm.models import load_model
-from graftlm.pruning.methods.slicegpt import absorb_rotations, folded, parameters_at, principal_components
+from graftlm.pruning.methods.slicegpt import (
+    _sliced_config,
+    absorb_rotations,
+    folded,
+    parameters_at,
+    principal_components,
+)
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import save_pruned
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.sliced_modeling import FAMILIES as SLICED
+from graftlm.pruning.surgery import rebuilt
 from graftlm.tiny import build_tiny_tokenizer
 
 CANNOT = tuple(family for family in FAMILIES if family not in SLICED)
@@ -188,3 +195,24 @@ def test_a_sliced_model_trains():
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert isinstance(model, AutoModelForCausalLM._model_mapping[type(model.config)])
+
+
+def test_each_basis_knows_what_was_sliced_before():
+    """What enters every layer of the sliced model has its principal axes along the dimensions."""
+    full = folded(model_of("llama", torch.float64))
+    with torch.no_grad():
+        absorb_rotations(full, DATA, 12)
+    sliced = rebuilt(full, _sliced_config(full.config, 12), lambda _, tensor: tensor)
+    seen: dict[int, list] = {}
+    for number, module in enumerate([*sliced.model.layers, sliced.model.norm]):
+        module.register_forward_pre_hook(
+            lambda _module, given, number=number: seen.setdefault(number, []).append(given[0].flatten(0, 1))
+        )
+    with torch.no_grad():
+        for batch in DATA:
+            sliced(batch["input_ids"])
+    assert len(seen) == len(sliced.model.layers) + 1
+    for parts in seen.values():
+        rows = torch.cat(parts).double()
+        moments = rows.T @ rows
+        assert (moments - moments.diag().diag()).norm() < 1e-4 * moments.norm()

@@ -214,12 +214,16 @@ def test_moments_follow_the_copies():
     apex, optimizer = begun(model, start="split", split_tolerance=10.0, stages=1)
     train(apex, optimizer, REPEATED[:2])
     for block in apex.anatomy.blocks:
-        choice, rows = apex.choices[block.name], block.mixed[0]
+        choice = apex.choices[block.name]
         split(model, block, choice, torch.Generator().manual_seed(0), optimizer)
-        n, p = (rows.index(c).flatten() for c in (choice.disadvantageous, choice.advantageous))
-        for parameter in linear(model, rows.module).parameters():
-            moment = optimizer.state[parameter]["exp_avg"]
-            assert moment[n].abs().sum() > 0 and torch.equal(moment[n], moment[p])
+        for matrix in (*block.mixed, *block.followers):
+            n, p = (matrix.index(c).flatten() for c in (choice.disadvantageous, choice.advantageous))
+            for parameter in linear(model, matrix.module).parameters():
+                if parameter.dim() <= matrix.dim:
+                    continue  # a bias of columns is of no component
+                moment = optimizer.state[parameter]["exp_avg"]
+                copies, originals = (moment.index_select(matrix.dim, places) for places in (n, p))
+                assert copies.abs().sum() > 0 and torch.equal(copies, originals)
 
 
 def test_it_goes_on_from_a_checkpoint():

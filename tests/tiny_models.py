@@ -1,6 +1,8 @@
 """Tiny random models of every family, for tests."""
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "smollm3", "phi3")
@@ -41,3 +43,17 @@ def batches(
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randint(3, vocab, (rows, length), generator=generator) for _ in range(count)]
     return [{"input_ids": ids, "labels": ids} for ids in drawn]
+
+
+def unequal_batches() -> list[dict[str, Tensor]]:
+    """Two batches of different numbers of rows and of tokens: whether batches or tokens count alike is seen."""
+    return [
+        {"input_ids": batches(1, rows=3)[0]["input_ids"]},
+        {"input_ids": batches(1, rows=1, length=5, seed=2)[0]["input_ids"]},
+    ]
+
+
+def nats_and_tokens(model: nn.Module, ids: Tensor) -> tuple[Tensor, int]:
+    """Sum of the losses of `ids` [rows, tokens], and of how many tokens it is one."""
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"), ids[:, 1:].numel()

@@ -209,12 +209,13 @@ def text(report: Mapping[str, Any]) -> str:
     """The answer in one line."""
     name = figures.method_name(report["method"])
     said = {"pays": f"{name} pays", "does not": f"{name} does not pay", "undecided": f"{name}: undecided"}
-    between = "no interval: plain training has the same loss, bit for bit, at all seeds"
+    between = "no interval: pairs that are all the same are no sample"
     if report["interval"] is not None:
         between = "95% interval {:+.4f} to {:+.4f}".format(*report["interval"])
     checked = ""
     if report["over_faster"] is not None:
-        ends = "{:+.4f} to {:+.4f}".format(*report["over_faster_interval"])
+        told = report["over_faster_interval"]
+        ends = "no interval" if told is None else "{:+.4f} to {:+.4f}".format(*told)
         checked = f", {report['over_faster']:+.4f} ({ends}) over plain training at {report['faster']:g} times the rate"
     return (
         f"{said[report['answer']]}: gain {report['gain']:+.4f} nats per token ({between}, "

@@ -161,10 +161,11 @@ def repeated_interval(differences: Sequence[float], looks: int) -> tuple[float, 
 
     A repeated confidence interval (Jennison and Turnbull 1989, JRSS B 51, 305-361): at each look Student's interval
     with an equal part of the error (Bonferroni), so with probability LEVEL every one of them holds the true mean,
-    whichever look one stops at and why. For normal differences, at any number of pairs. None under three.
+    whichever look one stops at and why. For normal differences, at any number of pairs. None under three, and where all
+    are the same (see `difference`).
     """
     values = np.asarray(differences, dtype=np.float64)
-    if len(values) < FEWEST:
+    if len(values) < FEWEST or np.ptp(values) <= SAME:
         return None
     mean, half = float(values.mean()), half_width(values, (1 - LEVEL) / looks)
     return mean - half, mean + half
