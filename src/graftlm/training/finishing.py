@@ -1,6 +1,7 @@
 """What becomes of a trained model: fused, measured, saved, reopened."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from graftlm.activations import ActivationRecorder
 from graftlm.anatomy import read_anatomy
 from graftlm.configuring import config_to_dict
 from graftlm.environment import peak_memory_bytes
-from graftlm.files import atomic_path
-from graftlm.models import has_own_class, load_model, save_model
+from graftlm.files import atomic_path, read_json, write_text
+from graftlm.models import has_own_class, is_own_type, load_model, save_model
 from graftlm.modes import evaluating
 from graftlm.parts import count_parameters
 from graftlm.reporting.card import model_card
@@ -103,7 +104,7 @@ def finish(
     gc.collect()
     weights = gathered_state(model) if is_sharded(model) else None
     if is_main():
-        card = model_card(summary, config_to_dict(config), config.model, own_class=has_own_class(model))
+        card = run_card(summary, config, own_class=has_own_class(model))
         save_model(model, tokenizer, run / "model", card=card, state_dict=weights)
     del weights
     if before is not None:  # now that the model is safe
@@ -115,6 +116,17 @@ def finish(
     except torch.OutOfMemoryError:  # the run is done; what follows only looks at it
         notes.append("the saved model was not opened beside the trained one to compare them: too little GPU memory")
     return summary
+
+
+def run_card(summary: dict[str, Any], config: RunConfig, *, own_class: bool) -> str:
+    """The model card of a run, from as much of its summary as there is. `own_class`: as `model_card`."""
+    return model_card(summary, config_to_dict(config), config.model, own_class=own_class)
+
+
+def renew_card(summary: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    """Write the card of the run's model in `folder` once more: it was saved before there was a control to show."""
+    own_class = is_own_type(read_json(folder / "config.json").get("model_type"))
+    write_text(folder / "README.md", run_card(summary, config, own_class=own_class))
 
 
 def _reopened_difference(trainer: RunTrainer, config: RunConfig, sample: Tensor, live: Tensor) -> float:

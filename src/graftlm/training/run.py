@@ -27,7 +27,7 @@ from graftlm.training.control import run_control
 from graftlm.training.data import PreparedData, prepare_data
 from graftlm.training.distributed import agree, is_main, on_main, sharing_errors, taking_turns
 from graftlm.training.estimates import remedies
-from graftlm.training.finishing import Activations, finish, mean_activations
+from graftlm.training.finishing import Activations, finish, mean_activations, renew_card
 from graftlm.training.metrics import Display, MetricsLog
 from graftlm.training.plan import compare_plan, estimate
 from graftlm.training.run_folder import alone_in, check_same_config, check_same_data, open_folder
@@ -66,6 +66,8 @@ def _train_with_control(config: RunConfig, run: Path, resume: bool) -> None:
     if config.control and summary.get("control") is None:
         with _other_processes(run):
             summary["control"] = run_control(config, [stage["step"] for stage in summary["stages"]], resume=resume)
+        # The card first: a kill in between then leaves both to be done again.
+        on_main(lambda: renew_card(summary, config, run / "model"))
         on_main(lambda: write_json(finished, summary))
     if is_main():
         make_report(run)
