@@ -17,7 +17,7 @@ from graftlm.reporting.curves import smooth
 from graftlm.reporting.plots import make_plots, plot_activations, plot_sigma
 from graftlm.reporting.report import make_report
 from graftlm.reporting.rundata import read_run
-from graftlm.reporting.style import BEFORE, CONTROL, RUN, colours, dashes, figure, legend
+from graftlm.reporting.style import BEFORE, CONTROL, RUN, colours, figure, legend, lines
 
 ALL_PLOTS = [
     "loss_tokens.png",
@@ -252,7 +252,8 @@ def test_many_labels_are_told_apart():
     chosen = colours(many)
     assert [name for name, colour in chosen.items() if colour == CONTROL] == ["control"]
     assert chosen["before"] == BEFORE and chosen["control with the schedule of lora"] == RUN
-    assert len(set(zip(chosen.values(), dashes(chosen).values(), strict=True))) == len(many)
+    look = lines(chosen)
+    assert list(look) == many and len({(line["color"], line["linestyle"]) for line in look.values()}) == len(many)
 
 
 def test_make_plots_lists_what_it_wrote(tmp_path):

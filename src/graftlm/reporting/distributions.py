@@ -4,12 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.ticker import MaxNLocator
 
 from graftlm.reporting.rundata import KINDS, Activations
-from graftlm.reporting.style import colours, figure, legend, save, style, whole_numbers
+from graftlm.reporting.style import colours, figure, legend, lines, log_axis, save, style, whole_numbers
 
+LAYERS = LinearSegmentedColormap.from_list("layers", colormaps["viridis"](np.linspace(0.58, 0, 256)))
+"""From the first layer to the last: the part of viridis that is seen on white."""
 STRONGEST = 0.1
 """Share of a module's components whose part of the whole activation is told."""
 FLOOR = 1e-4
@@ -64,7 +68,7 @@ def plot_activations(activations: Activations, kind: str, path: Path) -> Path | 
     )
     grid = made.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     depth = Normalize(0, max(1, max(max(layers) for layers in panels.values())))
-    shading = ScalarMappable(depth, "viridis_r")
+    shading = ScalarMappable(depth, LAYERS)
     for axes, (when, layers) in zip(grid, panels.items(), strict=True):
         for layer, values in layers.items():
             ordered = np.sort(values.astype(np.float64))[::-1]
@@ -80,11 +84,13 @@ def plot_activations(activations: Activations, kind: str, path: Path) -> Path | 
                 markersize=3,
             )
         axes.axhline(1, color="#22262b", linewidth=0.8, linestyle="--")
-        axes.set_yscale("log")
         whole_numbers(axes.xaxis)
         style(axes, xlabel="head, strongest first" if kind == "heads" else f"{kind}, strongest first (%)", title=when)
+    log_axis(grid[0].yaxis)  # of all panels, which share it
     style(grid[0], ylabel="activation / layer's mean")
-    made.colorbar(shading, ax=list(grid), label="layer", pad=0.01, aspect=30)
+    bar = made.colorbar(shading, ax=list(grid), label="layer", pad=0.01, aspect=30)
+    bar.locator = MaxNLocator(5, integer=True)
+    bar.update_ticks()
     return save(made, path)
 
 
@@ -104,22 +110,16 @@ def plot_sigma(activations: Activations, path: Path) -> Path | None:
         note="Lower is more even. σ: standard deviation over a module's components of the mean activation.",
     )
     grid = made.subplots(2, len(kinds), sharex="col", squeeze=False)
-    palette = colours(activations)
+    look = lines(colours(activations))
     for column, kind in enumerate(kinds):
         for row, measure in enumerate((sigma, relative_sigma)):
             axes = grid[row][column]
             for when, found in activations.items():
                 layers = found.get(kind, {})
-                axes.plot(
-                    list(layers),
-                    [measure(values) for values in layers.values()],
-                    color=palette[when],
-                    marker="o",
-                    markersize=3.5,
-                    linewidth=1.6,
-                    label=when,
-                )
-            axes.set_yscale("log" if row == 0 and _spans_decades(axes) else "linear")
+                values = [measure(values) for values in layers.values()]
+                axes.plot(list(layers), values, marker="o", markersize=3.5, **look[when])
+            if row == 0 and _spans_decades(axes):
+                log_axis(axes.yaxis)
             whole_numbers(axes.xaxis)
             style(
                 axes,

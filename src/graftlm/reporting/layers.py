@@ -8,7 +8,19 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from graftlm.reporting import figures
-from graftlm.reporting.style import BEFORE, RUN, STRONG, colours, dashes, figure, legend, save, style, whole_numbers
+from graftlm.reporting.style import (
+    BEFORE,
+    RUN,
+    STRONG,
+    colours,
+    figure,
+    legend,
+    lines,
+    log_axis,
+    save,
+    style,
+    whole_numbers,
+)
 
 Shape = Mapping[str, int]
 """A layer's widths: num_attention_heads, num_key_value_heads, intermediate_size."""
@@ -71,7 +83,7 @@ def plot_shares(
 ) -> Path:
     """Share of its components that each layer of each model has left; models that have lost whole layers, or none of
     any layer's components (a sliced hidden size), are named as left out. palette: colours by model, where other
-    pictures show them too."""
+    pictures show them too. Models of the same shares have one line, named `a = b`."""
     before = [widths(original, part).tolist() for part in PARTS]
     out = [
         label
@@ -83,14 +95,16 @@ def plot_shares(
         note += f" Not drawn, as they lost whole layers or a part of the hidden size: {', '.join(out)}."
     made = figure(title, width=10.0, height=4.4, note=note)
     palette = palette or colours(models)
-    dashed = dashes(palette)
+    groups: dict[tuple[tuple[float, ...], ...], list[str]] = {}  # labels, by the shares of both parts
+    for label, shapes in models.items():
+        if label not in out:
+            left = (widths(shapes, part) / np.maximum(1, widths(original, part)) for part in PARTS)
+            groups.setdefault(tuple(tuple(one.tolist()) for one in left), []).append(label)
+    look = lines({" = ".join(labels): palette[labels[0]] for labels in groups.values()})
     grid = made.subplots(1, 2, sharey=True)
-    for axes, part in zip(grid, PARTS, strict=True):
-        for label, shapes in models.items():
-            if label not in out:
-                left = widths(shapes, part) / np.maximum(1, widths(original, part))
-                line: dict[str, Any] = {"color": palette[label], "linestyle": dashed[label], "linewidth": 1.5}
-                axes.plot(left, marker="o", markersize=3, label=label, **line)
+    for number, (axes, part) in enumerate(zip(grid, PARTS, strict=True)):
+        for shares, labels in groups.items():
+            axes.plot(shares[number], marker="o", markersize=3, **look[" = ".join(labels)])
         axes.set_ylim(-0.03, 1.05)
         style(axes, xlabel="layer", ylabel="" if part == "FFN" else "share left", title=part)
         whole_numbers(axes.xaxis)
@@ -163,8 +177,8 @@ def plot_sensitivity(found: Mapping[str, Any], path: Path) -> Path:
     for (label, one), dash in zip(lines, ("-", "--", ":"), strict=False):
         value = np.exp(min(one["loss"], 700.0))
         axes.axhline(value, color=BEFORE, linestyle=dash, linewidth=1.2, label=f"{label}: {value:.4g}")
-    axes.set_yscale("log")
-    style(axes, xlabel="layer", ylabel="token perplexity (log)")
+    scale = " (log)" if log_axis(axes.yaxis) else ""
+    style(axes, xlabel="layer", ylabel=f"token perplexity{scale}")
     whole_numbers(axes.xaxis)
     legend(made, axes)
     return save(made, path)
