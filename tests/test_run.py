@@ -130,7 +130,8 @@ def test_summary(folder):
         assert one["peak_memory_bytes"] > 50e6
         assert one["eval_loss_end"] < one["eval_loss_start"]
         assert one["fused_max_abs_logit_difference"] == 0
-        assert one["data"]["tokens"] == TOKENS
+        assert one["data"]["tokens"] == TOKENS and one["data"]["epochs"] == 2
+        assert (one["data"]["evaluation_blocks"], one["data"]["evaluation_tokens"]) == (4, 4 * 64)
         assert one["trainable_fraction"] == one["trainable_parameters"] / one["total_parameters"]
     assert summary["eval_loss_start"] == summary["control"]["eval_loss_start"]
     assert summary["operator_parameters"] > 0 == summary["control"]["operator_parameters"]
@@ -498,7 +499,7 @@ def test_stderr_has_no_bars_of_transformers(tmp_path, capfd):
     run_briefly(tmp_path, save_steps=2)
     shown = capfd.readouterr().err
     assert "step 4/4" in shown
-    assert "stage 2 of 2 begins" in shown
+    assert "stage 2 of 2 begins after step " in shown
     assert "it/s" not in shown
 
 

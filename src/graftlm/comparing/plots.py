@@ -66,7 +66,7 @@ def _needed(summary: dict[str, Any], control: str, path: Path) -> Path | None:
     arms = [arm for arm in summary["arms"] if arm["matched"] == control and arm["loss"] and arm.get("needed")]
     losses = np.array(list(curve["losses"].values()))  # [seeds, lengths]
     made = figure(
-        "Tokens that plain training needs to reach the same loss",
+        f"Tokens that plain training ({control}) needs to reach the same loss",
         note="Every point of plain training is a run with its whole schedule at that length.",
     )
     axes = made.subplots()

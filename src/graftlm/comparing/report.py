@@ -11,7 +11,7 @@ from graftlm.comparing.plots import alt, draw
 from graftlm.comparing.statistics import NO_INTERVAL, TOO_FEW
 from graftlm.comparing.tables import Table, csv_text, interval, latex_of, signed, tables
 from graftlm.files import write_json, write_text
-from graftlm.reporting.page import Plot, inline, template
+from graftlm.reporting.page import picture, template
 
 
 def write_outputs(folder: Path, summary: dict[str, Any]) -> list[Path]:
@@ -43,7 +43,7 @@ def write_files(
         "intro": intro,
         "folder": str(folder),
         "summary": summary,
-        "plots": [Plot(alt(path), inline(path)) for path in draw(summary, folder / "plots")],
+        "plots": [picture(path, alt(path)) for path in draw(summary, folder / "plots")],
         "tables": shown,
         "versions": yaml.safe_dump(summary["versions"], sort_keys=False) if summary["versions"] else "",
     }

@@ -134,7 +134,9 @@ def _note(run: RunData) -> str:
 
 
 def _time_title(run: RunData) -> str:
-    own = run.outcome.get("seconds")
+    own, whole = run.outcome.get("seconds"), run.outcome.get("total_seconds")
+    if figures.is_number(whole):  # a shrink, which prunes too
+        return f"{figures.method_name(run.method)}: training took {figures.duration(own)} of {figures.duration(whole)}"
     text = f"{figures.method_name(run.method)} took {figures.duration(own)}"
     if run.control is None:
         return f"{text} for {figures.count(run.outcome.get('tokens'))} tokens"

@@ -132,15 +132,20 @@ def plot_iterations(
     for part in PARTS:
         before = np.maximum(1, widths(original, part))
         pictures[f"share left: {part}"] = np.array([widths(s["shapes"], part) / before for s in steps]).T, "viridis"
-    made = figure(f"{unit.capitalize()} by {unit}", width=3.6 * (len(pictures) + 1), height=4.4)
-    grid = made.subplots(1, len(pictures) + 1)
+    now = figures.count(steps[-1]["parameters"])
+    title = f"{figures.count(original_parameters)} to {now} parameters in {len(steps)} {unit}s"
+    made = figure(title, width=9.0, height=7.0)
+    grid = made.subplots(2, 2).ravel()
+    last = grid[len(pictures)]
+    for axes in grid[len(pictures) + 1 :]:  # where no importance is known
+        axes.remove()
     for axes, (title, (values, colour)) in zip(grid, pictures.items(), strict=False):
         _picture(axes, values, iterations, title, colour, unit)
     sizes = [original_parameters, *(step["parameters"] for step in steps)]
-    grid[-1].plot([iterations[0] - 1, *iterations], sizes, color=RUN, linewidth=1.8)
-    grid[-1].yaxis.set_major_formatter(lambda value, _: figures.count(value))
-    whole_numbers(grid[-1].xaxis)
-    style(grid[-1], xlabel=unit, title="parameters of the model")
+    last.plot([iterations[0] - 1, *iterations], sizes, color=RUN, linewidth=1.8)
+    last.yaxis.set_major_formatter(lambda value, _: figures.count(value))
+    whole_numbers(last.xaxis)
+    style(last, xlabel=unit, title="parameters of the model")
     return save(made, path)
 
 
@@ -158,13 +163,15 @@ def _picture(axes: Axes, values: np.ndarray, iterations: Sequence[int], title: s
     bar.ax.tick_params(labelsize=8)
 
 
-def plot_sensitivity(found: Mapping[str, Any], path: Path) -> Path:
+def plot_sensitivity(found: Mapping[str, Any], path: Path, label: str = "", note: str = "") -> Path:
     """Perplexity without a share of one layer's components at a time, over the layer (Adapt-Pruner, fig. 1, above);
-    `found`: as pruning.sensitivity.layer_sensitivity gives it."""
+    `found`: as pruning.sensitivity.layer_sensitivity gives it. `label`: the model; `note` says more of it."""
     worst = max(found["layers"], key=lambda one: one["loss"])
     made = figure(
-        f"Perplexity without {found['share']:.0%} of one layer: layer {worst['layer']} is missed most",
-        note="Without the key-value groups and channels of the least first-order importance, one layer at a time.",
+        f"{label}{': p' if label else 'P'}erplexity without {found['share']:.0%} of one layer: layer {worst['layer']} "
+        "is missed most",
+        note="Without the key-value groups and channels of the least first-order importance, one layer at a time. "
+        + note,
     )
     axes = made.subplots()
     # exp overflows a double above 709.

@@ -10,6 +10,7 @@ import jinja2
 import yaml
 
 from graftlm.reporting.figures import MISSING
+from graftlm.reporting.style import headline_of
 
 
 def template(name: str) -> jinja2.Template:
@@ -30,6 +31,12 @@ class Plot:
 
     alt: str
     source: str
+
+
+def picture(path: Path, what: str) -> Plot:
+    """A figure that style.save wrote, for who cannot see it as what it is and what its title says."""
+    headline = headline_of(path)
+    return Plot(f"{what}: {headline}" if headline else what, inline(path))
 
 
 def inline(path: Path) -> str:

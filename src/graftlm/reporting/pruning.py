@@ -18,7 +18,7 @@ from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks
 from graftlm.reporting import figures, nextsteps
 from graftlm.reporting.layers import Shape, plot_iterations, plot_layers, plot_whole_layers
-from graftlm.reporting.page import Plot, differences, flatten, inline, template
+from graftlm.reporting.page import Plot, differences, flatten, picture, template
 
 ALT = {
     "layers": "Parameters of attention and FFN in every layer, against the original's",
@@ -45,7 +45,7 @@ def write_report(folder: str | Path) -> Path:
             told["steps"], told["original_shapes"], told["original_parameters"], folder / "plots" / "iterations.png"
         ),
     ]
-    drawn = {path.stem: Plot(ALT[path.stem], inline(path)) for path in plots if path is not None}
+    drawn = {path.stem: picture(path, ALT[path.stem]) for path in plots if path is not None}
     path = folder / "report.html"
     write_text(path, template("pruning.html").render(_context(folder, told, drawn)))
     return path

@@ -19,8 +19,9 @@ def mean_by_role(spaces: Spaces) -> dict[str, dict[str, float]]:
     return {role: {k: sum(r[k] for r in found) / len(found) for k in found[0]} for role, found in rows.items()}
 
 
-def plot_spaces(models: Mapping[str, Spaces], path: Path) -> Path | None:
-    """A column for each mixed matrix: effective rank of N over that of P, and the overlap beside what chance gives."""
+def plot_spaces(models: Mapping[str, Spaces], path: Path, note: str = "") -> Path | None:
+    """A column for each mixed matrix: effective rank of N over that of P, and the overlap beside what chance gives;
+    `note` says more of the models."""
     roles = list(mean_by_role(next(iter(models.values()))))
     if not roles:
         return None
@@ -34,7 +35,8 @@ def plot_spaces(models: Mapping[str, Spaces], path: Path) -> Path | None:
         "Overlap of the spaces of P and N, times what chance gives: " + "; ".join(said),
         width=2.6 * len(roles) + 1,
         height=5.4,
-        note="Above: effective rank of N / of P. Below: mean squared cosine of principal angles; dotted: by chance.",
+        note="Above: effective rank of N / of P. Below: mean squared cosine of principal angles; dotted: by chance. "
+        + note,
     )
     grid = made.subplots(2, len(roles), sharex="col", squeeze=False)
     look = lines(colours(models))

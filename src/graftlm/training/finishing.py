@@ -85,10 +85,7 @@ def finish(
         "eval_loss_end": loss,
         "control": None,
         "stages": trainer.stages,
-        "data": {
-            key: getattr(data.statistics, key)
-            for key in ("documents", "tokens", "blocks", "supervised_share", "truncated_share")
-        },
+        "data": told_of_data(data, trainer.meter.tokens),
         "notes": notes,
     }
     if selection_loss is not None:
@@ -116,6 +113,17 @@ def finish(
     except torch.OutOfMemoryError:  # the run is done; what follows only looks at it
         notes.append("the saved model was not opened beside the trained one to compare them: too little GPU memory")
     return summary
+
+
+def told_of_data(data: PreparedData, trained_on: int) -> dict[str, Any]:
+    """What the summary says of the data: of training, of what the evaluation loss is measured on, and how many times
+    the tokens of an epoch were trained on (None: streamed, so nobody knows how many those are)."""
+    keys = ("documents", "tokens", "blocks", "supervised_share", "truncated_share", "evaluation_blocks")
+    told = {key: getattr(data.statistics, key) for key in keys}
+    measured: Any = data.evaluation
+    told["evaluation_tokens"] = sum(len(measured[i]["input_ids"]) for i in range(len(measured))) if measured else 0
+    told["epochs"] = trained_on / told["tokens"] if told["tokens"] else None
+    return told
 
 
 def run_card(summary: dict[str, Any], config: RunConfig, *, own_class: bool) -> str:

@@ -17,6 +17,7 @@ from graftlm.methods import make_method
 from graftlm.methods.base import Method
 from graftlm.models import check_context, check_vocabulary, load_model, load_skeleton, load_tokenizer
 from graftlm.parts import count_parameters
+from graftlm.reporting import figures
 from graftlm.reporting.report import make_report
 from graftlm.reporting.table import print_summary
 from graftlm.sharding import shard_model
@@ -115,7 +116,8 @@ def _train_one(config: RunConfig, *, resume: bool, lean: bool = False) -> dict[s
         check_vocabulary(model, tokenizer)
         too_long = check_context(model, config.max_length)
     from_first = any(distributed.gathered(next(model.parameters()).is_meta))
-    display = Display("control" if run.name == "control" else config.method, Console(stderr=True, quiet=not is_main()))
+    title = "control" if run.name == "control" else figures.method_name(config.method)
+    display = Display(title, Console(stderr=True, quiet=not is_main()))
     _tell_data(display, data)
     planned = None
     with sharing_errors():
