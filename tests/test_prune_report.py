@@ -28,7 +28,7 @@ from graftlm.reporting.layers import (
     plot_whole_layers,
     widths,
 )
-from graftlm.reporting.pruning import component_costs, write_report
+from graftlm.reporting.pruning import _resolved, component_costs, write_report
 from graftlm.reporting.style import figure, headline_of
 
 
@@ -60,7 +60,15 @@ def test_report(pruned):
     assert f"<td>{first['intermediate_size']} of 192</td>" in text
     assert f"{told['removed_share']:.1%} fewer than 214 k" in text
     assert '<th scope="row"><code>samples</code></th><td>4</td><td>10</td>' in text  # what differs from the defaults
+    for key, value in (("exact", "true"), ("uniform", "null"), ("preset", "null"), ("iterations", "3")):
+        assert f'<th scope="row"><code>{key}</code></th><td>{value}</td></tr>' in text
+    assert 'alt="Parameters of attention and FFN in every layer, against the original&#39;s: Parameters of ' in text
     assert "http" not in text.replace("https://", "http").split("<pre>")[0].split("src=")[0]
+
+
+def test_settings_show_the_iterations_that_were_taken():
+    for method, given, taken in (("adapt", None, 50), ("adapt", 3, 3), ("llm-pruner", None, 1), ("flap", None, None)):
+        assert _resolved({"method": method, "iterations": given})["iterations"] == taken
 
 
 def test_a_report_needs_no_weights(pruned):

@@ -203,6 +203,7 @@ def test_table_shows_both_runs_and_what_comes_next(tmp_path, run_and_summary):
     for piece in ("APEX", "control", "2.9224", "2.9304", "4,819", "1.016 ×", "not evidence", str(run / "report.html")):
         assert piece in text
     assert f"graftlm generate '{run / 'model'}'" in text
+    assert "trainable, of the model's own parameters" in text and "100.88%" in text
 
 
 def test_table_without_a_control(tmp_path):
@@ -218,6 +219,9 @@ def test_table_without_a_control(tmp_path):
     [
         (figures.count(1_969_152), "1.97 M"),
         (figures.count(999), "999"),
+        (figures.difference(2.0, 2.0 + 8e-6), "0.0000"),
+        (figures.difference(2.0, 2.0 + 8e-5), "−0.0001"),
+        (figures.difference(2.5, 2.0), "+0.5000"),
         (figures.count(999_700), "1 M"),
         (figures.count(0), "0"),
         (figures.count(None), "–"),

@@ -61,7 +61,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
 
 def signed(value: Any) -> str:
     """A difference in nats with its sign."""
-    return f"{value:+.5f}".replace("-", "−") if figures.is_number(value) else figures.MISSING
+    return figures.signed(value, 5) if figures.is_number(value) else figures.MISSING
 
 
 def interval(ends: Sequence[float] | None) -> str:
@@ -116,7 +116,7 @@ COSTS_NOTE = (
 
 
 def _costs(arms: Sequence[Row]) -> Table:
-    header = ("arm", "tokens", "time", "time over control", "peak memory", "trainable parameters", "share")
+    header = ("arm", "tokens", "time", "time over control", "peak memory", "trainable parameters", "of the model's own")
     rows = tuple(
         (
             arm["name"],

@@ -91,7 +91,13 @@ class Row:
 
 def difference(a: Any, b: Any) -> str:
     """`a - b`, signed, in the unit of both."""
-    return f"{a - b:+.4f}".replace("-", "−") if is_number(a) and is_number(b) else ""
+    return signed(a - b, 4) if is_number(a) and is_number(b) else ""
+
+
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign, and without one where all digits shown are 0."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
 
 
 def ratio(a: Any, b: Any) -> str:
@@ -127,7 +133,7 @@ def comparison(summary: dict[str, Any], control: dict[str, Any] | None) -> list[
         row("tokens per second", "tokens_per_second", rate, ratio, cost=True),
         row("peak memory", "peak_memory_bytes", size, ratio, cost=True),
         row("trainable parameters", "trainable_parameters", count),
-        row("trainable share", "trainable_fraction", small_share),
+        row("trainable, of the model's own parameters", "trainable_fraction", small_share),
         row("of these, operators", "operator_parameters", count),
     ]
     return [r for r in rows if {r.run, r.control} - {MISSING, "0"}]

@@ -61,9 +61,9 @@ def differences(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: 
         if isinstance(value, Mapping) and isinstance(default, Mapping):
             found += differences(value, default, f"{prefix}{key}.")
         elif key not in defaults:
-            found.append((prefix + key, _flow(value), MISSING))
+            found.append((prefix + key, flow(value), MISSING))
         elif _plain(value) != _plain(default):
-            found.append((prefix + key, _flow(value), _flow(default)))
+            found.append((prefix + key, flow(value), flow(default)))
     return found
 
 
@@ -72,7 +72,7 @@ def as_yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
     """A value on one line, as YAML."""
     text = yaml.safe_dump(_plain(value), default_flow_style=True, sort_keys=False, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
