@@ -116,7 +116,15 @@ COSTS_NOTE = (
 
 
 def _costs(arms: Sequence[Row]) -> Table:
-    header = ("arm", "tokens", "time", "time over control", "peak memory", "trainable parameters", "of the model's own")
+    header = (
+        "arm",
+        "tokens",
+        "time",
+        "time over control",
+        "peak memory",
+        "trainable parameters",
+        "share of the model's own",
+    )
     rows = tuple(
         (
             arm["name"],

@@ -49,7 +49,8 @@ def plot_loss(run: RunData, x: Literal["tokens", "seconds"], path: Path) -> Path
     train, evaluation = grid[0]
     smoothed = False
     for member, line in members(run):
-        smoothed = _averaged(train, *member.series("train", x, "loss"), line) or smoothed
+        xs, losses = member.series("train", x, "loss")
+        smoothed = _averaged(train, xs, losses, line) or smoothed
         evaluation.plot(*member.series("eval", x, "loss"), marker="o", markersize=4, **line)
     if fused := run.eval_when("after_fusion"):
         evaluation.plot(
@@ -122,7 +123,7 @@ def _averaged(axes: Axes, xs: Any, values: np.ndarray, line: dict[str, Any]) -> 
     span = _span(values)
     if span > 1:
         axes.plot(xs, values, color=line["color"], alpha=0.22, linewidth=0.8)
-    marker = {"marker": "o", "markersize": 4} if len(values) == 1 else {}
+    marker: dict[str, Any] = {"marker": "o", "markersize": 4} if len(values) == 1 else {}
     axes.plot(xs, smooth(values, span), **marker, **line)
     return span > 1
 
@@ -155,7 +156,7 @@ def _difference(run: RunData, axes: Axes, event: str, *, smoothed: bool) -> None
     xs = [own[step]["tokens"] for step in shared]
     gaps = np.array([own[step]["loss"] - other[step]["loss"] for step in shared], dtype=np.float64)
     axes.axhline(0, color=BEFORE, linewidth=1)
-    line = {"color": RUN, "linewidth": 1.7}
+    line: dict[str, Any] = {"color": RUN, "linewidth": 1.7}
     if smoothed:
         _averaged(axes, xs, gaps, line)
     else:

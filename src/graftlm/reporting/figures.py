@@ -41,10 +41,10 @@ def _optional(show: Callable[[float], str]) -> Callable[[Any], str]:
     return lambda value: show(value) if is_number(value) else MISSING
 
 
-def _count(value: float) -> str:
+def _count(value: float, digits: int = 3) -> str:
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * size:  # where three digits round up to the next suffix
-            return f"{value / size:.3g} {suffix}"
+            return f"{value / size:.{digits}g} {suffix}"
     return f"{value:.3g}"
 
 
@@ -65,6 +65,7 @@ def _perplexity(loss: float) -> str:
 
 
 count = _optional(_count)
+close_count = _optional(lambda value: _count(value, 4))
 duration = _optional(_duration)
 size = _optional(_size)
 integer = _optional(lambda value: f"{round(value):,}")

@@ -132,8 +132,8 @@ def plot_iterations(
     for part in PARTS:
         before = np.maximum(1, widths(original, part))
         pictures[f"share left: {part}"] = np.array([widths(s["shapes"], part) / before for s in steps]).T, "viridis"
-    now = figures.count(steps[-1]["parameters"])
-    title = f"{figures.count(original_parameters)} to {now} parameters in {len(steps)} {unit}s"
+    start, end = map(figures.close_count, (original_parameters, steps[-1]["parameters"]))
+    title = f"{start} to {end} parameters in {len(steps)} {unit}s"
     made = figure(title, width=9.0, height=7.0)
     grid = made.subplots(2, 2).ravel()
     last = grid[len(pictures)]

@@ -23,7 +23,7 @@ STRONG, WEAK = "#009E73", "#AA4499"
 """Advantageous (P) and disadvantageous (N) components."""
 _OTHERS = ("#CC79A7", "#8C6D00", "#009E73", "#882255", "#000000")
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
-_WIDEST, _THINNEST = 3.2, 1.4
+_WIDEST, _THINNEST = 4.4, 1.6
 NARROW = 3
 """Times its lowest value that the highest of a logarithmic axis must be."""
 INK, FAINT = "#22262b", "#e3e5e8"
@@ -55,6 +55,7 @@ def lines(chosen: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     first. No two labels have both colour and dash in common, as far as there are dashes.
     """
     order = sorted(chosen, key=lambda label: chosen[label] != CONTROL)
+    step = min(0.9, (_WIDEST - _THINNEST) / max(1, len(order) - 1))
     made: dict[str, dict[str, Any]] = {}
     taken: set[tuple[str, Any]] = set()
     for place, label in enumerate(order):
@@ -62,8 +63,7 @@ def lines(chosen: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         turned = [*_DASHES[place % len(_DASHES) :], *_DASHES[: place % len(_DASHES)]]
         dash = next((one for one in turned if (colour, one) not in taken), turned[0])
         taken.add((colour, dash))
-        width = _WIDEST - (_WIDEST - _THINNEST) * min(1, place / max(1, min(3, len(order) - 1)))
-        look = {"color": colour, "linewidth": width if len(order) > 1 else 1.8, "linestyle": dash}
+        look = {"color": colour, "linewidth": _THINNEST + step * (len(order) - 1 - place), "linestyle": dash}
         made[label] = {**look, "zorder": 2 + place / len(order), "label": label}
     return {label: made[label] for label in chosen}
 
@@ -110,7 +110,8 @@ def log_axis(axis: Axis) -> bool:
     low, high = axis.get_data_interval()
     if not (low > 0 and np.isfinite(high) and high >= NARROW * low):
         return False
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axes = axis.axes
+    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
     steps = (1.0,) if high > 1000 * low else (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 2.0, 3.0, 5.0, 7.0)
     axis.set_major_locator(LogLocator(subs=steps, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else figures.count(value)))
