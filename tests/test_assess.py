@@ -1,6 +1,7 @@
 """graftlm assess and masking: what is seen, what is written, and what switching components off does."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -184,6 +185,19 @@ def test_two_runs_of_one_model_have_labels_of_their_own(tmp_path, data):
 )
 def test_pictures_name_models_as_short_as_can_be(labels, short):
     assert assessment.short_names(labels) == short
+
+
+def test_the_table_of_layers_says_which_it_shows():
+    def title(layers):
+        found = [{"layer": i, "loss": 3.0 + i} for i in range(layers)]
+        told = {"share": 0.5, "none": {"loss": 3.0}, "uniform": [], "layers": found}
+        table = assessment._sensitivity_table(types.SimpleNamespace(label="m", sensitivity=told))
+        return table.title.plain, list(table.columns[0].cells)
+
+    said, rows = title(6)
+    assert said.endswith("of one layer, of 6 the three missed most and the one missed least")
+    assert rows == ["nothing", "layer 5", "layer 4", "layer 3", "layer 0"]
+    assert title(4)[0].endswith("of one layer")
 
 
 def test_where_it_cannot_be_written_is_said_first(tmp_path):
