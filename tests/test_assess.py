@@ -1,6 +1,7 @@
 """graftlm assess and masking: what is seen, what is written, and what switching components off does."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from graftlm.masking import masked, output_columns
 from graftlm.models import load_model, load_tokenizer, save_model
 from graftlm.pruning.surgery import keep_components
 from graftlm.reporting.rundata import read_activations
+from graftlm.reporting.style import headline_of
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +128,12 @@ def test_assess_compares_two_models(tmp_path, data, capsys):
     assert first["subspaces"]["layer0_channels"] == second["subspaces"]["layer0_channels"]  # the first one's P and N
     for name in ("activations_heads", "activations_channels", "sigma", "subspaces"):
         assert (out / "plots" / f"{name}.png").stat().st_size > 1000
+        assert str(tmp_path) not in headline_of(out / "plots" / f"{name}.png")
+    assert "(tiny-llama), " in headline_of(out / "plots" / "activations_heads.png")
+    assert "strongest 1 of 4 heads" in headline_of(out / "plots" / "activations_heads.png")
     printed = capsys.readouterr().out
     assert "a sample is one conversation" in printed and "tiny-llama without 25%" in printed
+    assert "(1 of 4)" in printed and "(19 of 192)" in printed and str(tmp_path / "other") in printed
 
 
 @pytest.mark.parametrize("smaller_first", [False, True])
@@ -162,6 +168,36 @@ def test_padding_and_batches_change_nothing(tmp_path, data, monkeypatch):
 def test_two_runs_of_one_model_have_labels_of_their_own(tmp_path, data):
     out = assessment.assess("tiny-llama", data, tmp_path / "out", compare="tiny-llama", samples=4, max_length=32)
     assert list(read_activations(out / "activations.safetensors")[0]) == ["tiny-llama (1)", "tiny-llama (2)"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "short"),
+    [
+        (["tiny-llama", "/long/way/to/other"], ["tiny-llama", "other"]),
+        (["/a/runs/one/model", "/a/runs/two/model"], ["one/model", "two/model"]),
+        (["/x/seed0/apex/model", "/x/seed1/apex/model"], ["seed0/apex/model", "seed1/apex/model"]),
+        (["/a/one/model/"], ["one/model"]),
+        (["Owner/Name"], ["Name"]),
+        (["m", "a/m"], ["m", "a/m"]),
+        (["model"], ["model"]),
+        (["tiny-llama (1)", "tiny-llama (2)"], ["tiny-llama (1)", "tiny-llama (2)"]),
+    ],
+)
+def test_pictures_name_models_as_short_as_can_be(labels, short):
+    assert assessment.short_names(labels) == short
+
+
+def test_the_table_of_layers_says_which_it_shows():
+    def title(layers):
+        found = [{"layer": i, "loss": 3.0 + i} for i in range(layers)]
+        told = {"share": 0.5, "none": {"loss": 3.0}, "uniform": [], "layers": found}
+        table = assessment._sensitivity_table(types.SimpleNamespace(label="m", sensitivity=told))
+        return table.title.plain, list(table.columns[0].cells)
+
+    said, rows = title(6)
+    assert said.endswith("of one layer, of 6 the three missed most and the one missed least")
+    assert rows == ["nothing", "layer 5", "layer 4", "layer 3", "layer 0"]
+    assert title(4)[0].endswith("of one layer")
 
 
 def test_where_it_cannot_be_written_is_said_first(tmp_path):

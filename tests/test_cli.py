@@ -328,6 +328,36 @@ def test_help_teaches(capsys, verb):
     assert "\nthen:\n  " in shown
 
 
+def shown_help(monkeypatch, capsys, verb, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_as_wide_as_the_terminal(verb, monkeypatch, capsys):
+    """Paragraphs are filled; an example is one line, which can be copied."""
+    narrow, broad = (shown_help(monkeypatch, capsys, verb, columns) for columns in (60, 200))
+
+    def description(shown):
+        return shown.split("\n\n")[1]
+
+    assert max(map(len, description(narrow).splitlines())) <= 60
+    assert len(description(broad).splitlines()) <= len(description(narrow).splitlines()) / 2
+    assert description(narrow).split() == description(broad).split()
+    example = broad.partition("example:\n  ")[2].partition("\n")[0]
+    assert f"\n  {example}\n" in narrow
+
+
+def test_help_says_what_is_true(monkeypatch, capsys):
+    shown = {verb: " ".join(shown_help(monkeypatch, capsys, verb, 200).split()) for verb in VERBS}
+    assert "[CONFIG.yaml] [key=value ...]" in shown["train"] and " CONFIG.yaml [key=value ...]" in shown["compare"]
+    assert "CONFIG.yaml [key=value ...]" in shown["shrink"] and "MODEL [key=value ...]" in shown["prune"]
+    assert "which plan leaves alone" in shown["plan"] and "the pilot's own is O-pilot" in shown["pilot"]
+    assert "prune: or shrink: compares ways of pruning" in shown["compare"] and "e.g. 0.5" in shown["assess"]
+
+
 # --- in a process of its own -----------------------------------------------------------------------------------------
 
 HELP = """

@@ -269,7 +269,7 @@ def test_two_seeds_have_no_interval(tmp_path):
     assert any("too few for an interval" in note for note in summary["notes"])
     assert "too few for an interval" in headline(summary)
     (row,) = [row for row in tables(summary)[0].rows if row[0] == "apex"]
-    assert row[-1] == "too few seeds" and "to" not in row[5] + row[6]
+    assert row[-1] == "too few seeds" and not any("interval" in name for name in tables(summary)[0].header)
 
 
 def test_copies_of_one_run_have_no_interval(tmp_path):
@@ -422,6 +422,9 @@ def test_plots_show_the_arms_their_losses_and_differences(finished, tmp_path, mo
     made = {}
     monkeypatch.setattr(plots, "save", lambda figure, path: made.setdefault(path.stem, figure) and path)
     summary = finished[2]
+    for arm in summary["arms"]:  # a point on the way
+        curve = arm["curve"]
+        arm["curve"] = {key: [values[0], sum(values) / 2, values[1]] for key, values in curve.items()}
     plots.draw(summary, tmp_path)
     lines = {line.get_label(): line for line in made["loss_tokens"].axes[0].lines}
     assert list(lines) == ["control", "apex"] and lines["control"].get_color() == CONTROL
@@ -447,6 +450,19 @@ def test_plots_show_the_arms_their_losses_and_differences(finished, tmp_path, mo
     needed = {line.get_label(): line for line in made["tokens_needed_0"].axes[0].lines}
     assert list(needed["control"].get_xdata()) == curve["multiples"]
     assert list(needed["control"].get_ydata()) == pytest.approx(np.mean(list(curve["losses"].values()), axis=0))
+
+
+def test_start_and_end_alone_are_no_curve(finished, tmp_path, monkeypatch):
+    made = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: made.setdefault(path.stem, figure) and path)
+    summary = finished[2]
+    plots.draw(summary, tmp_path)
+    assert "loss_tokens" not in made
+    (axes,) = made["loss_seconds"].axes
+    assert made["loss_seconds"].get_suptitle().startswith("Held-out loss at the end against the time it took")
+    for line, arm in zip(axes.lines, summary["arms"], strict=True):
+        end = (arm["curve"]["seconds"][-1], arm["curve"]["loss"][-1])
+        assert (line.get_linestyle(), *line.get_xdata(), *line.get_ydata()) == ("None", *end)
 
 
 def test_tables_are_there_where_a_plot_cannot_be_drawn(finished, tmp_path, monkeypatch):
@@ -492,7 +508,7 @@ def test_files(finished, tmp_path):
     page = (comparison.folder / "report.html").read_text()
     found.feed(page)
     assert all(address.startswith("data:image/png;base64,") for address in found.addresses)
-    assert len(found.addresses) == 4
+    assert len(found.addresses) == 3
     assert "<style>" in page and not found.tags & {"script", "link"}
     for row in tables(summary)[0].rows:
         assert row[3] in page
@@ -500,6 +516,52 @@ def test_files(finished, tmp_path):
     print_tables(summary, console)
     assert all(cell in console.file.getvalue() for table in tables(summary) for row in table.rows for cell in row)
     assert by_name(summary, "apex")["needed"]["text"] in console.file.getvalue()
+
+
+def test_columns_that_say_nothing_are_left_out(finished, tmp_path):
+    summary = finished[2]
+    losses = tables(summary)[0]
+    assert "at the same learning rate" not in losses.header and "same learning rate" not in losses.note
+    assert {"95% interval (t)", "tokens plain training needs"} < set(losses.header)
+    assert all(len(row) == len(losses.header) for row in losses.rows)
+    assert "at the same learning rate" not in latex_of([losses])
+    assert "minus_control" in csv_text(summary).splitlines()[0]
+    by_name(summary, "apex")["difference_at_same_rate"] = {"mean": 0.5}
+    losses = tables(summary)[0]
+    assert (
+        "at the same learning rate" in losses.header and "At the same learning rate: minus the control" in losses.note
+    )
+    comparison, cells = opened(write_comparison(tmp_path / "alone", seeds=[0], plain_multiples=[1]))
+    finish(cells, loss_of)
+    header = tables(summarise(comparison, cells, {}))[0].header
+    assert header == ("arm", "learning rate", "seeds", "held-out loss", "minus control", "shown")
+
+
+def test_a_narrow_terminal_shows_what_tells_most(finished):
+    def lines(width, terminal=True):
+        console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+        print_tables(finished[2], console)
+        return console.file.getvalue()
+
+    gap = by_name(finished[2], "apex")["difference"]
+    short = lines(100)
+    assert f"{gap['mean']:+.5f}".replace("-", "−") in short and "lower" in short and "bootstrap)" not in short
+    assert "report.html" in short and max(map(len, short.splitlines())) <= 100
+    for whole in (lines(200), lines(80, terminal=False)):
+        assert "bootstrap)" in whole and "report.html" not in whole
+
+
+def test_the_headline_counts_many_arms(finished):
+    summary = finished[2]
+    assert headline(summary).endswith(": lower loss") and headline(summary).startswith("apex minus control: −")
+    apex = by_name(summary, "apex")
+    for number, shown in enumerate(["higher", *["no difference shown"] * 3]):
+        summary["arms"].append({**apex, "name": str(number), "difference": {**apex["difference"], "shown": shown}})
+    assert headline(summary) == "5 arms against their control: 1 lower, 1 higher, 3 no difference shown"
+    summary["arms"][-1]["matched"] = "another"
+    summary["arms"][-1]["difference"]["shown"] = "too few seeds"
+    counted = "1 lower, 1 higher, 2 no difference shown, 1 too few seeds"
+    assert headline(summary) == f"5 arms against their controls: {counted}"
 
 
 def test_nothing_finished_is_no_error(tmp_path):

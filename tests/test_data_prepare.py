@@ -361,6 +361,16 @@ def test_show_data(chats, tmp_path):
     colour = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="truecolor")
     show_data(run_config(chats, cache=tmp_path, max_length=200), TOKENIZER, count=1, out=colour)
     assert "\x1b[1;32mAnswer 0." in colour.file.getvalue() and "»" not in colour.file.getvalue()
+    # On a terminal that is asked for none (NO_COLOR), colours go and bold stays.
+    plain = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="truecolor", no_color=True)
+    show_data(run_config(chats, cache=tmp_path, max_length=200), TOKENIZER, count=1, out=plain)
+    assert "»Answer 0.<|im_end|>«" in plain.file.getvalue()
+
+
+def test_no_bar_lands_in_a_file(chats, tmp_path, capsys):
+    """As `2> log` would have it."""
+    prepare_data(run_config(chats, cache=tmp_path / "cache", max_length=200), TOKENIZER, progress=True)
+    assert capsys.readouterr().err == ""
 
 
 GROWTH = """

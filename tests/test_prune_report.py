@@ -28,8 +28,8 @@ from graftlm.reporting.layers import (
     plot_whole_layers,
     widths,
 )
-from graftlm.reporting.pruning import component_costs, write_report
-from graftlm.reporting.style import figure
+from graftlm.reporting.pruning import _resolved, component_costs, write_report
+from graftlm.reporting.style import figure, headline_of
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,15 @@ def test_report(pruned):
     assert f"<td>{first['intermediate_size']} of 192</td>" in text
     assert f"{told['removed_share']:.1%} fewer than 214 k" in text
     assert '<th scope="row"><code>samples</code></th><td>4</td><td>10</td>' in text  # what differs from the defaults
+    for key, value in (("exact", "true"), ("uniform", "null"), ("preset", "null"), ("iterations", "3")):
+        assert f'<th scope="row"><code>{key}</code></th><td>{value}</td></tr>' in text
+    assert 'alt="Parameters of attention and FFN in every layer, against the original&#39;s: Parameters of ' in text
     assert "http" not in text.replace("https://", "http").split("<pre>")[0].split("src=")[0]
+
+
+def test_settings_show_the_iterations_that_were_taken():
+    for method, given, taken in (("adapt", None, 50), ("adapt", 3, 3), ("llm-pruner", None, 1), ("flap", None, None)):
+        assert _resolved({"method": method, "iterations": given})["iterations"] == taken
 
 
 def test_a_report_needs_no_weights(pruned):
@@ -137,15 +145,22 @@ def test_a_report_of_one_step_without_layers(pruned, tmp_path):
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def test_pictures(tmp_path):
+def test_pictures(tmp_path, monkeypatch):
     original, now = [shape(3, 64)] * 4, [shape(3, 64), shape(1, 10), shape(0, 0), shape(2, 33)]
     assert plot_layers(now, original, tmp_path / "a.png").stat().st_size > 1000
     assert plot_layers(now[:2], original, tmp_path / "b.png", {"attention": 100, "FFN": 3}).exists()
     assert plot_shares({"x": now, "y": original, "z": now[:2]}, original, "t", tmp_path / "c.png").exists()
     step = {"iteration": 1, "shapes": now, "layer_importance": [0.0, 1.0, -0.5, 0.1], "parameters": 900}
     assert plot_iterations([step], original, 1000, tmp_path / "d.png") is None
-    several = [step, {**step, "iteration": 2, "layer_importance": None}]
-    assert plot_iterations(several, original, 1000, tmp_path / "d.png") is not None
+    several = [step, {**step, "iteration": 2, "layer_importance": None, "parameters": 800}]
+    made = []
+    monkeypatch.setattr("graftlm.reporting.layers.save", lambda figure, path: made.append(figure) or path)
+    for steps, panels in ((several, 3), ([step, {**step, "iteration": 2}], 4)):
+        assert plot_iterations(steps, original, 1000, tmp_path / "d.png") is not None
+        pictures = [axes for axes in made[-1].axes if axes.get_title(loc="left")]
+        assert len(pictures) == panels and made[-1].get_figwidth() == 9
+        assert pictures[panels - 1].get_title(loc="left") == "parameters of the model"
+    assert [one.get_suptitle() for one in made] == [f"1 k to {n} parameters in 2 iterations" for n in (800, 900)]
     assert plot_iterations([{**step, "shapes": now[:2]}] * 2, original, 1000, tmp_path / "d.png") is None
 
 
@@ -194,4 +209,7 @@ def test_assess_with_sensitivity(tmp_path, capsys):
     found = read_json(tmp_path / "out" / "assessment.json")["models"][0]["sensitivity"]
     assert found["share"] == 0.5 and len(found["layers"]) == 4
     assert (tmp_path / "out" / "plots" / "sensitivity.png").exists()
-    assert "without 50% of the key-value groups" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "without 50% of the key-value groups" in printed and "layer, of 4 the three missed most" not in printed
+    headline = headline_of(tmp_path / "out" / "plots" / "sensitivity.png")
+    assert headline.startswith("tiny-llama: perplexity without 50% of one layer: layer ")

@@ -11,13 +11,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from graftlm.errors import UserError
-from graftlm.reporting import distributions
-from graftlm.reporting.choices import kept
+from graftlm.reporting import choices, distributions
+from graftlm.reporting.choices import heads_chosen, kept
 from graftlm.reporting.curves import smooth
 from graftlm.reporting.plots import make_plots, plot_activations, plot_sigma
 from graftlm.reporting.report import make_report
 from graftlm.reporting.rundata import read_run
-from graftlm.reporting.style import BEFORE, CONTROL, RUN, colours, dashes, figure, legend
+from graftlm.reporting.style import BEFORE, CONTROL, RUN, colours, figure, legend, lines
 
 ALL_PLOTS = [
     "loss_tokens.png",
@@ -61,6 +61,9 @@ def fake_run(
             "blocks": 964,
             "supervised_share": 0.873,
             "truncated_share": 0.012,
+            "evaluation_blocks": 64,
+            "evaluation_tokens": 65_536,
+            "epochs": 0.4976,
         },
         "plan": {"estimated_seconds": 100.0, "estimated_peak_memory_bytes": 3 * 2**30},
         "notes": ["one key-value head: attention is not expanded"],
@@ -100,7 +103,7 @@ def half_run(folder, draw, noise, method, gap, finished, layers, heads, channels
     for step in range(1, steps + 1):
         stage = min((step - 1) // length, stages - 1)
         if (step - 1) % length == 0 and method == "apex":
-            story.append({"stage": stage, "step": step, "tokens": (step - 1) * tokens_a_step, "steps": length})
+            story.append({"stage": stage, "step": step - 1, "tokens": (step - 1) * tokens_a_step, "steps": length})
             story[-1]["eval_loss_start"] = evaluate(step - 1, "stage_start", stage)
         record = {"event": "train", "step": step, "tokens": step * tokens_a_step, "seconds": step * 1.7 * (1 - 2 * gap)}
         record |= {"loss": loss_at(step) + noise[step - 1], "learning_rate": 2e-5 * math.cos(1.5 * step / steps)}
@@ -252,7 +255,8 @@ def test_many_labels_are_told_apart():
     chosen = colours(many)
     assert [name for name, colour in chosen.items() if colour == CONTROL] == ["control"]
     assert chosen["before"] == BEFORE and chosen["control with the schedule of lora"] == RUN
-    assert len(set(zip(chosen.values(), dashes(chosen).values(), strict=True))) == len(many)
+    look = lines(chosen)
+    assert list(look) == many and len({(line["color"], line["linestyle"]) for line in look.values()}) == len(many)
 
 
 def test_make_plots_lists_what_it_wrote(tmp_path):
@@ -288,6 +292,8 @@ def test_measures_on_known_distributions():
     assert distributions.relative_sigma(np.array([0, 0, 4, 4], np.float32)) == 1
     assert distributions.top_share(np.array([1] * 9 + [11], np.float32)) == pytest.approx(0.55)
     assert distributions.top_share(np.zeros(5, np.float32)) == 0
+    assert distributions.strongest_of([4, 4]) == "1 of 4" and distributions.strongest_of([30]) == "3 of 30"
+    assert distributions.strongest_of([4, 8]) == "10%"
 
 
 def test_kept_counts_the_overlap_of_sets():
@@ -297,6 +303,32 @@ def test_kept_counts_the_overlap_of_sets():
     stages = [stage([0, 1], [8, 9]), stage([1, 2], [8, 9]), stage([5, 6], [9, 4])]
     assert kept(stages, "channels", "advantageous").tolist() == [[0.5], [0.0]]
     assert kept(stages, "channels", "disadvantageous").tolist() == [[1.0], [0.5]]
+
+
+def test_heads_chosen_both_ways_are_marked():
+    def stage(p, n):
+        return {"heads": {"0": {"advantageous": p, "disadvantageous": n}}, "effective_k": {"heads": 0.25}}
+
+    once = heads_chosen([stage([0], [3]), stage([3], [2])])
+    assert once.tolist() == [[[1, 0, 0, 1]], [[0, 0, 1, 1]]]
+    made = figure("t")
+    axes = made.subplots()
+    choices._heads_map(made, axes, [stage([0], [3]), stage([3], [2])])
+    (crosses,) = axes.lines
+    assert (crosses.get_marker(), crosses.get_xdata().tolist(), crosses.get_ydata().tolist()) == ("x", [3], [0])
+
+
+def test_the_note_explains_crosses_where_there_are_some(tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(choices, "figure", lambda title, **look: notes.append(look["note"]) or figure(title, **look))
+
+    def stage(p, n):
+        chosen = {"0": {"advantageous": p, "disadvantageous": n}}
+        return {"heads": chosen, "channels": chosen, "effective_k": {"heads": 0.25}}
+
+    choices.plot_stages([stage([0], [3]), stage([0], [2])], tmp_path / "a.png")
+    choices.plot_stages([stage([0], [3]), stage([3], [2])], tmp_path / "b.png")
+    assert ["×" in note for note in notes] == [False, True]
 
 
 def test_smoothing_keeps_a_constant_and_survives_nan():

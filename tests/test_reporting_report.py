@@ -77,10 +77,25 @@ def test_report_tells_the_summary(run_and_summary):
     told += [f"{math.exp(summary['eval_loss_end']):.4g}", "4,819", "4,897", "3.00 GiB", "1.18 M", "33.3%", "12.5%"]
     told += ["1,234", "988 k", "87.3%", "1.2%", "exactly 0", "one key-value head", "256 sequences", "1 min 40 s"]
     told += [f"{stage['eval_loss_before_fusion']:.4f}" for stage in summary["stages"]]
+    told += ["64 held-out sequences, 65.5 k tokens", "share of the data trained on", "49.8%"]
     told += ["apex.k_channels", "torch", "2.13.0", "graftlm train", "graftlm generate", "AutoModelForCausalLM"]
     assert [piece for piece in told if piece not in text] == []
     assert "not evidence of a difference" in text
     assert not re.search(r"\bnan\b|\bNone\b", re.sub(r"base64,[^\"]*", "", text))
+
+
+def test_pictures_say_what_they_show(run_and_summary):
+    folder, summary = run_and_summary
+    alts = dict(re.findall(r'<img alt="([^:"]*): ([^"]*)"', page(folder)))
+    ends = [f"{one['eval_loss_end']:.4f}" for one in (summary, summary["control"])]
+    said = alts["Training and evaluation loss against tokens"]
+    assert said == f"Evaluation loss after 492 k tokens: APEX {ends[0]}, control {ends[1]}"
+    assert len(alts) == len(ALL_PLOTS)
+
+
+def test_stages_name_their_first_step(run_and_summary):
+    rows = re.findall(r'<tr><th scope="row">(\d)</th><td>(\d+)</td><td>20</td>', page(run_and_summary[0]))
+    assert rows == [("1", "1"), ("2", "21"), ("3", "41")]
 
 
 def test_report_escapes_what_it_shows(tmp_path):
@@ -188,6 +203,7 @@ def test_table_shows_both_runs_and_what_comes_next(tmp_path, run_and_summary):
     for piece in ("APEX", "control", "2.9224", "2.9304", "4,819", "1.016 ×", "not evidence", str(run / "report.html")):
         assert piece in text
     assert f"graftlm generate '{run / 'model'}'" in text
+    assert "trainable, of the model's own parameters" in text and "100.88%" in text
 
 
 def test_table_without_a_control(tmp_path):
@@ -203,6 +219,9 @@ def test_table_without_a_control(tmp_path):
     [
         (figures.count(1_969_152), "1.97 M"),
         (figures.count(999), "999"),
+        (figures.difference(2.0, 2.0 + 8e-6), "0.0000"),
+        (figures.difference(2.0, 2.0 + 8e-5), "−0.0001"),
+        (figures.difference(2.5, 2.0), "+0.5000"),
         (figures.count(999_700), "1 M"),
         (figures.count(0), "0"),
         (figures.count(None), "–"),

@@ -93,6 +93,30 @@ def test_what_is_in_the_folder(finished, folder):
     assert load_config(folder / "config.yaml") == finished[0]
 
 
+def test_the_models_card_shows_the_control(finished, folder, tmp_path, monkeypatch):
+    card = (folder / "model/README.md").read_text()
+    summary = read(folder)
+    ends = [f"{one['eval_loss_end']:.4f}" for one in (summary, summary["control"])]
+    (row,) = [line for line in card.splitlines() if line.startswith("| evaluation loss, end")]
+    assert all(end in row for end in ends) and "plain training, same tokens" in card
+    assert "Largest change of a logit" in card  # known only after the model was saved
+
+    # Killed between card and summary, both are written again.
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    (copy / "summary.json").write_text(json.dumps({**summary, "control": None}))
+    (copy / "model/README.md").write_text("old")
+    config = dataclasses.replace(finished[0], output_dir=str(copy))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_json", lambda path, value: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, resume=True)
+    assert (copy / "model/README.md").read_text() == card and read(copy)["control"] is None
+    (copy / "model/README.md").write_text("old")
+    train(config, resume=True)
+    assert (copy / "model/README.md").read_text() == card and read(copy)["control"] == summary["control"]
+
+
 def test_summary(folder):
     summary = read(folder)
     assert summary.keys() >= SUMMARY
@@ -106,7 +130,9 @@ def test_summary(folder):
         assert one["peak_memory_bytes"] > 50e6
         assert one["eval_loss_end"] < one["eval_loss_start"]
         assert one["fused_max_abs_logit_difference"] == 0
-        assert one["data"]["tokens"] == TOKENS
+        assert one["data"]["tokens"] == TOKENS and one["data"]["epochs"] == 2
+        held_out = len(words(60, 100)) + 1  # in 5 blocks, of which 4 are measured, the shorter last one too
+        assert (one["data"]["evaluation_blocks"], one["data"]["evaluation_tokens"]) == (4, held_out - 64)
         assert one["trainable_fraction"] == one["trainable_parameters"] / one["total_parameters"]
     assert summary["eval_loss_start"] == summary["control"]["eval_loss_start"]
     assert summary["operator_parameters"] > 0 == summary["control"]["operator_parameters"]
@@ -474,7 +500,7 @@ def test_stderr_has_no_bars_of_transformers(tmp_path, capfd):
     run_briefly(tmp_path, save_steps=2)
     shown = capfd.readouterr().err
     assert "step 4/4" in shown
-    assert "stage 2 of 2 begins" in shown
+    assert "stage 2 of 2 begins after step " in shown
     assert "it/s" not in shown
 
 

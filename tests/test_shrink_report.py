@@ -59,6 +59,8 @@ def test_report(shrunk):
         for when in ("before_pruning", "after_pruning", "end"):
             assert f"<td>{phase[f'eval_loss_{when}']:.4f}</td>" in text
     assert f"<td>{summary['shapes'][0]['intermediate_size']} of 192</td>" in text
+    took = f"training took {figures.duration(summary['seconds'])} of {figures.duration(summary['total_seconds'])}"
+    assert f"against seconds: shrinking, plain training: {took}" in text
     assert "has not ended" not in text
     assert "<code>interleaves</code></th><td>3</td><td>null</td>" in text
     assert "<code>train.learning_rate</code></th><td>0.001</td><td>2.0e-05</td>" in text

@@ -2,11 +2,30 @@
 heavy."""
 
 import argparse
+import itertools
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 Number = TypeVar("Number", int, float)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help as wide as the terminal: paragraphs are filled, indented lines (examples) stay as they are; usage shows the
+    words of `settings` as their metavar writes them."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled = []
+        for raw, some in itertools.groupby(text.splitlines(), lambda line: not line.strip() or line.startswith(" ")):
+            lines = list(some)
+            filled += lines if raw else textwrap.wrap(" ".join(lines), width, break_on_hyphens=False)
+        return "".join(f"{indent}{line}\n" for line in filled)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.dest == "settings":
+            return str(action.metavar)
+        return super()._format_args(action, default_metavar)
 
 
 def _number(kind: Callable[[str], Number], allowed: Callable[[Number], bool], rule: str) -> Callable[[str], Number]:

@@ -29,9 +29,10 @@ from graftlm.files import atomic_path, check_folder, write_json
 from graftlm.models import check_vocabulary, load_model, load_tokenizer, to_gpu
 from graftlm.pruning.sensitivity import layer_sensitivity, loss_without
 from graftlm.reporting import figures
-from graftlm.reporting.distributions import plot_activations, plot_sigma, relative_sigma, sigma, top_share
+from graftlm.reporting.distributions import plot_activations, plot_sigma, relative_sigma, sigma, strongest_of, top_share
 from graftlm.reporting.layers import plot_sensitivity
 from graftlm.reporting.spaces import mean_by_role, plot_spaces
+from graftlm.reporting.table import wide
 from graftlm.subspaces import read_subspaces
 from graftlm.training.config import RunConfig
 from graftlm.training.data import PreparedData, prepare_data
@@ -267,35 +268,55 @@ def _save_activations(path: Path, found: Sequence[Assessed]) -> None:
         save_file(tensors, temporary, metadata={"samples": str(found[0].samples)})
 
 
+def short_names(labels: Sequence[str]) -> list[str]:
+    """The last part of each path, and as many parts before it as tell the paths apart (and `model`, as runs name
+    theirs, from any other)."""
+    parts = [label.strip("/").split("/") for label in labels]
+    for count in range(1, max(map(len, parts)) + 1):
+        short = ["/".join(one[-count:]) for one in parts]
+        if len(set(short)) == len(set(labels)) and (count > 1 or "model" not in short):
+            return short
+    return list(labels)
+
+
 def _plot(folder: Path, found: Sequence[Assessed]) -> list[Path]:
-    seen = {one.label: one.activations for one in found}
-    made = [plot_activations(seen, kind, folder / f"activations_{kind}.png") for kind in ("heads", "channels")]
-    for number, one in enumerate(found):
+    """Pictures name the models as short as can be; where that is not all, a note has the whole paths."""
+    names = short_names([one.label for one in found])
+    seen = {name: one.activations for name, one in zip(names, found, strict=True)}
+    full = [f"{name}: {one.label}" for name, one in zip(names, found, strict=True) if name != one.label]
+    note = "; ".join(full)
+    made = [plot_activations(seen, kind, folder / f"activations_{kind}.png", note) for kind in ("heads", "channels")]
+    for number, (name, one) in enumerate(zip(names, found, strict=True)):
         if one.sensitivity is not None:
-            made.append(plot_sensitivity(one.sensitivity, folder / f"sensitivity{number or ''}.png"))
-    spaces = plot_spaces({one.label: one.subspaces for one in found}, folder / "subspaces.png")
-    return [path for path in (*made, plot_sigma(seen, folder / "sigma.png"), spaces) if path is not None]
+            path = folder / f"sensitivity{number or ''}.png"
+            made.append(plot_sensitivity(one.sensitivity, path, name, note))
+    spaces = plot_spaces(
+        dict(zip(names, (one.subspaces for one in found), strict=True)), folder / "subspaces.png", note
+    )
+    return [path for path in (*made, plot_sigma(seen, folder / "sigma.png", note), spaces) if path is not None]
 
 
 def _print(found: Sequence[Assessed], written: Sequence[Path]) -> None:
     console = Console()
-    table = Table("model", "", "blocks", "σ/mean", "strongest 10% hold", header_style="bold")
+    tables = wide(console)
+    table = Table("model", "", "blocks", "σ/mean", "the strongest hold", header_style="bold")
     for one in found:
         for kind in one.activations:
             blocks = [block for block in one.layers.values() if block["kind"] == kind]
             spread = float(np.mean([block["sigma_over_mean"] for block in blocks]))
             held = float(np.mean([block["strongest_tenth_share"] for block in blocks]))
-            table.add_row(Text(one.label), kind, str(len(blocks)), f"{spread:.3f}", f"{held:.1%}")
-    console.print(table)
-    console.print(_spaces_table(found))
+            said = strongest_of(len(values) for values in one.activations[kind].values())
+            table.add_row(Text(one.label), kind, str(len(blocks)), f"{spread:.3f}", f"{held:.1%} ({said})")
+    tables.print(table)
+    tables.print(_spaces_table(found))
     for one in found:
         console.print(Text(f"{one.label}: {one.samples} samples, {one.tokens:,} tokens; a sample is {SAMPLE}"))
         for note in (*one.notes, *one.data_notes):
             console.print(Text(f"note: {note}"))
         if one.masking is not None:
-            console.print(_masking_table(one))
+            tables.print(_masking_table(one))
         if one.sensitivity is not None:
-            console.print(_sensitivity_table(one))
+            tables.print(_sensitivity_table(one))
     for path in written:
         console.print(Text(str(path)), soft_wrap=True)
 
@@ -330,11 +351,13 @@ def _masking_table(one: Assessed) -> Table:
 def _sensitivity_table(one: Assessed) -> Table:
     """The layers that matter most and least."""
     found = one.sensitivity or {}
-    title = f"{one.label} without {found['share']:.0%} of the key-value groups and channels of one layer"
-    table = Table("pruned", "loss", "perplexity", title=Text(title), header_style="bold")
     ranked = sorted(found["layers"], key=lambda layer: layer["loss"])
     uniform = [(f"{way['share']:.0%} of every layer", way) for way in found["uniform"]]
     shown = [*ranked[-3:][::-1], *ranked[:-3][:1]]
+    title = f"{one.label} without {found['share']:.0%} of the key-value groups and channels of one layer"
+    if len(shown) < len(ranked):
+        title += f", of {len(ranked)} the three missed most and the one missed least"
+    table = Table("pruned", "loss", "perplexity", title=Text(title), header_style="bold")
     for name, way in [("nothing", found["none"]), *((f"layer {way['layer']}", way) for way in shown), *uniform]:
         table.add_row(name, figures.loss(way["loss"]), figures.perplexity(way["loss"]))
     return table

@@ -112,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all verbs; each verb's function is args.run."""
     parser = _Parser(
         prog="graftlm",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=arguments.HelpFormatter,
         allow_abbrev=False,
         description="Train a language model with APEX, or prune it, and see by its control what that was worth.",
         epilog="start with:\n  graftlm demo --quick           a whole run in a minute\n"
@@ -129,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
             help=summary,
             description=does,
             epilog=f"example:\n  {example}\n\nthen:\n  {after}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=arguments.HelpFormatter,
             allow_abbrev=False,
         )
         # SUPPRESS: a default here would undo `graftlm --debug VERB`.
@@ -148,7 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
         "graftlm train examples/cpt_tiny.yaml learning_rate=1e-3",
         "graftlm generate RUN/model 'PROMPT'       or open RUN/report.html",
     )
-    _config_arguments(train)
+    _config_arguments(train, "the run folder")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the same run folder")
     train.add_argument("--dry-run", action="store_true", help="only say what it would take: the same as graftlm plan")
 
@@ -156,11 +156,12 @@ def make_parser() -> argparse.ArgumentParser:
         "plan",
         verbs.plan,
         "what a run would take, without training",
-        "Say, without training, what a run will train and cost: parameters, operators, FLOPs, peak memory and time.",
+        "Say, without training, what a run will train and cost: parameters, operators, FLOPs, peak memory and time,\n"
+        "by reading the data and timing this machine. Nothing is written but the cache of the data.",
         "graftlm plan examples/cpt_tiny.yaml apex.trains=half",
         "graftlm train CONFIG.yaml                 the same arguments",
     )
-    _config_arguments(plan)
+    _config_arguments(plan, "the run folder, which plan leaves alone")
     plan.add_argument(
         "--gpus",
         type=arguments.positive,
@@ -172,11 +173,12 @@ def make_parser() -> argparse.ArgumentParser:
         "data",
         verbs.data,
         "show what the model will see",
-        "Show the first training sequences as the model will see them; tokens that count in the loss are coloured.",
+        "Show the first training sequences as the model will see them, and what there is of them; tokens that count\n"
+        "in the loss are green, or stand between » and « where there is no colour. What was tokenised is cached.",
         "graftlm data examples/sft_smollm2.yaml data=chats.jsonl --count 2",
         "graftlm plan CONFIG.yaml                  what the run will take",
     )
-    _config_arguments(data)
+    _config_arguments(data, "the run folder, which data leaves alone")
     data.add_argument("--count", type=arguments.positive, default=3, metavar="N", help="sequences to show (default 3)")
 
     assess = verb(
@@ -202,7 +204,7 @@ def make_parser() -> argparse.ArgumentParser:
     assess.add_argument(
         "--mask", type=arguments.share, metavar="SHARE", help="mask the top, lowest and random SHARE, e.g. 0.1"
     )
-    alone = "the loss without SHARE of one layer, for each layer (0.5)"
+    alone = "the loss without SHARE of one layer, for each layer, e.g. 0.5"
     assess.add_argument("--prune-sensitivity", type=arguments.share, metavar="SHARE", help=alone)
     _dtype_argument(assess)
     _code_argument(assess)
@@ -317,12 +319,13 @@ def make_parser() -> argparse.ArgumentParser:
         verbs.compare,
         "several methods side by side, with intervals",
         "Run methods x seeds x learning rates on the same tokens in the same order, beside plain training with the\n"
-        "same schedule, and say what differs: losses, tokens to the same loss, costs. Finished runs are kept.",
+        "same schedule, and say what differs: losses, tokens to the same loss, costs. Finished runs are kept. A file\n"
+        "with prune: or shrink: compares ways of pruning at equal sizes instead.",
         "graftlm compare examples/compare_tiny.yaml --minutes 10",
         "open OUTPUT_DIR/report.html in a browser       the same command goes on where it stopped",
     )
     settings = "a YAML file, then settings that override it, e.g. seeds=[0,1] base.max_steps=200"
-    compare.add_argument("settings", nargs="+", metavar="CONFIG.yaml key=value", help=settings)
+    compare.add_argument("settings", nargs="+", metavar="CONFIG.yaml [key=value ...]", help=settings)
     compare.add_argument("--minutes", type=arguments.positive_number, metavar="M", help="run what fits into M minutes")
     compare.add_argument("--dry-run", action="store_true", help="only list the runs, finished and open")
 
@@ -337,7 +340,7 @@ def make_parser() -> argparse.ArgumentParser:
         "graftlm pilot examples/cpt_tiny.yaml max_steps=2000",
         "graftlm train CONFIG.yaml                 the same arguments",
     )
-    _config_arguments(pilot)
+    _config_arguments(pilot, "the run folder; the pilot's own is O-pilot")
     pilot.add_argument(
         "--minimum-effect",
         type=arguments.not_negative,
@@ -371,12 +374,13 @@ def _code_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help=said)
 
 
-def _config_arguments(parser: argparse.ArgumentParser) -> None:
+def _config_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    """What a run's config comes from; `output`: what the verb does with the run folder that it names."""
     settings = "a YAML config (optional with --model and --data), then settings that override it"
-    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml key=value", help=settings)
+    parser.add_argument("settings", nargs="*", metavar="[CONFIG.yaml] [key=value ...]", help=settings)
     parser.add_argument("--model", metavar="M", help=MODEL_HELP)
     parser.add_argument("--data", metavar="D", help="a file, a folder, or hub:OWNER/NAME")
-    parser.add_argument("--output-dir", metavar="O", help="the run folder")
+    parser.add_argument("--output-dir", metavar="O", help=output)
 
 
 if __name__ == "__main__":

@@ -212,12 +212,17 @@ def needs_code(folder: str | Path) -> bool:
     False where there is no config."""
     file = Path(folder) / "config.json"
     config = read_json(file) if file.is_file() else {}
-    return "auto_map" in config and not str(config.get("model_type")).startswith(tuple(OWN_CLASSES))
+    return "auto_map" in config and not is_own_type(config.get("model_type"))
 
 
 def has_own_class(model: torch.nn.Module) -> bool:
     """Whether transformers alone has no class for `model`: its folder then holds a copy of ours (OWN_CLASSES)."""
-    return str(getattr(model.config, "model_type", "")).startswith(tuple(OWN_CLASSES))
+    return is_own_type(getattr(model.config, "model_type", ""))
+
+
+def is_own_type(model_type: object) -> bool:
+    """Whether a config's model_type names one of our own classes."""
+    return str(model_type).startswith(tuple(OWN_CLASSES))
 
 
 def _know_own_classes(source: Path | str) -> None:

@@ -8,7 +8,10 @@ from matplotlib.axes import Axes
 
 from graftlm.comparing.tables import interval, signed
 from graftlm.reporting.curves import XLABELS
-from graftlm.reporting.style import BEFORE, INK, colours, count_axis, dashes, figure, legend, save, style
+from graftlm.reporting.style import BEFORE, INK, colours, count_axis, figure, legend, lines, save, style
+
+FEWEST_POINTS = 3
+"""Of all arms, from which on a line between them tells how the loss went."""
 
 
 def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
@@ -23,23 +26,33 @@ def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _curves(summary: dict[str, Any], x: Literal["tokens", "seconds"], path: Path) -> Path | None:
+    """Loss on the way, where all arms were evaluated. With hardly a point between the start and the end there is no way
+    to draw: nothing against tokens, of which all have as many, and against seconds where each arm ends."""
     arms = [arm for arm in summary["arms"] if arm["curve"]]
     if not arms:
         return None
     # Stages have evaluations of their own; a line to its next point says nothing of what lies between.
     shared = set.intersection(*({round(tokens) for tokens in arm["curve"]["tokens"]} for arm in arms))
+    ends = len(shared) < FEWEST_POINTS
+    if ends and x == "tokens":
+        return None
     note = "Means over seeds, at each arm's chosen learning rate."
-    if any(len(arm["curve"]["tokens"]) > len(shared) for arm in arms):
+    if ends:
+        note += " Nothing between start and end was measured of all arms."
+    elif any(len(arm["curve"]["tokens"]) > len(shared) for arm in arms):
         note += " Only where all arms were evaluated."
-    made = figure(f"Held-out loss against {x}", note=note)
-    axes, colour = made.subplots(), _colours(summary)
-    dashed = dashes(colour)
+    made = figure(
+        "Held-out loss at the end against the time it took" if ends else f"Held-out loss against {x}", note=note
+    )
+    axes, look = made.subplots(), lines(_colours(summary))
     for arm in arms:
-        name = arm["name"]
         at = [i for i, tokens in enumerate(arm["curve"]["tokens"]) if round(tokens) in shared]
         curve = {key: [values[i] for i in at] for key, values in arm["curve"].items()}
-        axes.plot(curve[x], curve["loss"], color=colour[name], linestyle=dashed[name], marker="o", markersize=3.5,
-                  linewidth=2.4 if arm["matched"] is None else 1.6, label=name)  # fmt: skip
+        if ends:
+            last = (arm["curve"][key][-1:] for key in (x, "loss"))
+            axes.plot(*last, "o", markersize=7, color=look[arm["name"]]["color"], label=arm["name"])
+        else:
+            axes.plot(curve[x], curve["loss"], marker="o", markersize=3.5, **look[arm["name"]])
     style(axes, xlabel=XLABELS[x], ylabel="loss (nats per token)")
     if x == "tokens":
         count_axis(axes)
@@ -53,21 +66,20 @@ def _needed(summary: dict[str, Any], control: str, path: Path) -> Path | None:
     arms = [arm for arm in summary["arms"] if arm["matched"] == control and arm["loss"] and arm.get("needed")]
     losses = np.array(list(curve["losses"].values()))  # [seeds, lengths]
     made = figure(
-        "Tokens that plain training needs to reach the same loss",
+        f"Tokens that plain training ({control}) needs to reach the same loss",
         note="Every point of plain training is a run with its whole schedule at that length.",
     )
     axes = made.subplots()
     colour = _colours(summary)
-    dashed = dashes(colour)
+    look = lines({name: colour[name] for name in (control, *(arm["name"] for arm in arms))})
     for one in losses:
         axes.plot(curve["multiples"], one, color=colour[control], alpha=0.3, linewidth=0.9)
-    axes.plot(curve["multiples"], losses.mean(axis=0), color=colour[control], marker="o", linewidth=2.4, label=control)
+    axes.plot(curve["multiples"], losses.mean(axis=0), marker="o", **look[control])
     for arm in arms:
         name = arm["name"]
         # Over the seeds that the curve has, as the figure in the legend.
         loss = np.mean([one for seed, one in arm["loss"]["by_seed"].items() if seed in curve["losses"]])
-        label = f"{name}: {arm['needed']['text']} ×"
-        axes.axhline(float(loss), color=colour[name], linestyle=dashed[name], linewidth=1.6, label=label)
+        axes.axhline(float(loss), **{**look[name], "label": f"{name}: {arm['needed']['text']} ×"})
     axes.set_xscale("log")
     axes.set_xticks(curve["multiples"], [f"{multiple:g}" for multiple in curve["multiples"]])
     axes.minorticks_off()

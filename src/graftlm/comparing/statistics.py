@@ -14,6 +14,8 @@ FEWEST = 3
 """Seeds under which no interval is given."""
 TOO_FEW = "too few seeds"
 """What a difference over fewer of them shows."""
+NO_INTERVAL = "no interval"
+"""What a difference shows whose seeds change nothing."""
 SAME = 1e-12
 """Differences of scores that are apart by no more are the same, but for rounding."""
 RESAMPLES = 9_999
@@ -40,7 +42,7 @@ class Difference:
         """What the t interval shows: `lower`, `higher`, `no difference shown`; without one `too few seeds`, or `no
         interval` where the seeds change nothing."""
         if self.t_interval is None:
-            return TOO_FEW if self.n < FEWEST else "no interval"
+            return TOO_FEW if self.n < FEWEST else NO_INTERVAL
         low, high = self.t_interval
         return "lower" if high < 0 else "higher" if low > 0 else "no difference shown"
 

@@ -1,6 +1,7 @@
 """The tables of a comparison: the same rows on the console, as CSV, as LaTeX and in the report."""
 
 import csv
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,26 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    narrow: tuple[str, ...] = ()
+    """Names of the columns that are shown where a terminal has no room for all; none: always all."""
+
+    @property
+    def width(self) -> int:
+        """Characters a line that it needs on a console so that no cell is broken; headers are, between words."""
+        columns = zip(self.header, *self.rows, strict=True)
+        longest = [max(map(len, (*name.split(), *cells)), default=0) for name, *cells in columns]
+        return sum(longest) + 3 * len(longest) + 1
+
+    def only(self, columns: Sequence[int]) -> "Table":
+        """These columns of it."""
+        header, *rows = (tuple(row[i] for i in columns) for row in (self.header, *self.rows))
+        return dataclasses.replace(self, header=header, rows=tuple(rows))
+
+
+def without_empty(table: Table) -> Table:
+    """`table` without the columns that say nothing in any row; the first one stays."""
+    said = [i for i in range(len(table.header)) if any(row[i] not in ("", figures.MISSING) for row in table.rows)]
+    return table.only(sorted({0, *said})) if table.rows else table
 
 
 def tables(summary: dict[str, Any]) -> list[Table]:
@@ -35,12 +56,12 @@ def tables(summary: dict[str, Any]) -> list[Table]:
         made.append(_tasks(arms))
     if any(arm["rates"] for arm in arms):
         made.append(_rates(arms))
-    return made
+    return [without_empty(table) for table in made]
 
 
 def signed(value: Any) -> str:
     """A difference in nats with its sign."""
-    return f"{value:+.5f}".replace("-", "−") if figures.is_number(value) else figures.MISSING
+    return figures.signed(value, 5) if figures.is_number(value) else figures.MISSING
 
 
 def interval(ends: Sequence[float] | None) -> str:
@@ -79,7 +100,13 @@ def _losses(arms: Sequence[Row]) -> Table:
         "nats per token, means over seeds; lower is better. Differences are paired by seed: same tokens, order and "
         "schedule. Claims rest on the t interval: the bootstrap's is too narrow for few seeds."
     )
-    return Table("Held-out loss", header, tuple(rows), note)
+    if any(arm.get("difference_at_same_rate") for arm in arms):
+        note += (
+            " At the same learning rate: minus the control's loss at the arm's own rate, where the control's best rate "
+            "is another one."
+        )
+    narrow = ("arm", "held-out loss", "minus control", "95% interval (t)", "shown")
+    return Table("Held-out loss", header, tuple(rows), note, narrow)
 
 
 COSTS_NOTE = (
@@ -89,7 +116,15 @@ COSTS_NOTE = (
 
 
 def _costs(arms: Sequence[Row]) -> Table:
-    header = ("arm", "tokens", "time", "time over control", "peak memory", "trainable parameters", "share")
+    header = (
+        "arm",
+        "tokens",
+        "time",
+        "time over control",
+        "peak memory",
+        "trainable parameters",
+        "share of the model's own",
+    )
     rows = tuple(
         (
             arm["name"],
@@ -169,9 +204,13 @@ def print_tables(summary: dict[str, Any], console: Console) -> None:
 
 
 def show_tables(shown_tables: Sequence[Table], notes: Sequence[str], console: Console) -> None:
-    """Tables and notes on the console; where it is too narrow, numbers are broken but never cut."""
+    """Tables and notes on the console; where it is too narrow, a table's most telling columns, and numbers are broken
+    but never cut."""
     console = wide(console)
     for table in shown_tables:
+        if table.narrow and table.width > console.width:
+            table = table.only([i for i, name in enumerate(table.header) if name in table.narrow])
+            table = dataclasses.replace(table, note=f"{table.note} The other columns are in report.html.")
         shown = RichTable(title=table.title, title_justify="left", header_style="bold", caption=table.note)
         for number, name in enumerate(table.header):
             shown.add_column(name, justify="left" if number == 0 else "right", overflow="fold")

@@ -41,8 +41,9 @@ def pruned_card(
         "## Layers",
         layer_table(shapes_of(model), before),
         "## Limits",
-        "Those of the model that it was pruned from, and what went with the parts that are gone: it is worse than that "
-        f"model until it is trained again (`graftlm train`, `graftlm shrink`). {_losses(measured or {})}",
+        "Those of the model that it was pruned from, and what went with the parts that are gone: it has not been "
+        "trained again since, and such a model is usually worse than the original until it is (`graftlm train`, "
+        f"`graftlm shrink`). {_losses(measured or {})}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

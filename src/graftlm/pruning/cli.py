@@ -33,7 +33,7 @@ def _prune(verb: Verb, model_help: str) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=model_help)
     words = "any setting of docs/configuration.md#pruning, e.g. flap_compensation=false"
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=words)
+    parser.add_argument("settings", nargs="*", metavar="[key=value ...]", help=words)
     size = parser.add_argument_group("how much (one of the two)")
     size.add_argument(
         "--sparsity", type=float, metavar="S", help="share of the parameters of heads and channels that goes, e.g. 0.2"

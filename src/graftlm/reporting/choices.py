@@ -10,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from graftlm.reporting.rundata import KINDS
-from graftlm.reporting.style import BEFORE, STRONG, WEAK, figure, legend, save, style, whole_numbers
+from graftlm.reporting.style import BEFORE, INK, STRONG, WEAK, figure, legend, save, style, whole_numbers
 
 SETS = {"advantageous": ("P", STRONG), "disadvantageous": ("N", WEAK)}
 
@@ -36,6 +36,8 @@ def plot_stages(stages: list[dict[str, Any]], path: Path) -> Path | None:
     note = "P: advantageous, N: disadvantageous components."
     if kinds:
         note += " A line is the mean over stage changes, the band their range; dashed: what chance would keep."
+    if with_heads and (heads_chosen(stages) > 0).all(axis=0).any():
+        note += " ×: in P in one stage, in N in another."
     made = figure(_title(stages, kinds), width=3.4 + 3.2 * len(kinds) if kinds else 6.0, height=4.6, note=note)
     grid = made.subplots(1, with_heads + len(kinds), squeeze=False)[0]
     if with_heads:
@@ -77,21 +79,29 @@ def _title(stages: list[dict[str, Any]], kinds: list[str]) -> str:
     return "Kept from stage to stage: " + "; ".join(said)
 
 
-def _heads_map(made: Figure, axes: Axes, stages: list[dict[str, Any]]) -> None:
-    """A cell per layer and head: in how many stages it was in P, minus in how many in N."""
+def heads_chosen(stages: list[dict[str, Any]]) -> np.ndarray:
+    """In how many stages each head was in P, and in N: int64 [2, layers, heads]."""
     layers = [layer for layer, _ in _layers(stages[0], "heads")]
     chosen = [choice for stage in stages for choice in stage["heads"].values()]
     width = 1 + max(max(choice["advantageous"] + choice["disadvantageous"]) for choice in chosen)
     if chance := _chance(stages, "heads"):  # heads at the end that no stage chose belong in the map too
         width = max(width, round(len(chosen[-1]["advantageous"]) / chance))
-    table = np.zeros((len(layers), width))
+    table = np.zeros((len(SETS), len(layers), width), dtype=np.int64)
     for stage in stages:
         for row, layer in enumerate(layers):
-            table[row, stage["heads"][layer]["advantageous"]] += 1
-            table[row, stage["heads"][layer]["disadvantageous"]] -= 1
+            for number, which in enumerate(SETS):
+                table[number, row, stage["heads"][layer][which]] += 1
+    return table
+
+
+def _heads_map(made: Figure, axes: Axes, stages: list[dict[str, Any]]) -> None:
+    """A cell per layer and head: in how many stages it was in P, minus in how many in N; a cross where in both."""
+    p, n = heads_chosen(stages)
     limit = len(stages)
     diverging = LinearSegmentedColormap.from_list("choices", [WEAK, "#f4f4f4", STRONG])
-    image = axes.imshow(table, cmap=diverging, vmin=-limit, vmax=limit, aspect="auto", origin="lower")
+    image = axes.imshow(p - n, cmap=diverging, vmin=-limit, vmax=limit, aspect="auto", origin="lower")
+    rows, columns = np.nonzero((p > 0) & (n > 0))
+    axes.plot(columns, rows, linestyle="none", marker="x", markersize=4, color=INK)
     style(axes, xlabel="head, or key-value group", ylabel="layer", title="Heads chosen")
     axes.grid(False)
     whole_numbers(axes.xaxis)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from graftlm.reporting import figures
 from graftlm.reporting.rundata import RunData
-from graftlm.reporting.style import BEFORE, CONTROL, RUN, count_axis, figure, legend, save, style
+from graftlm.reporting.style import BEFORE, CONTROL, RUN, count_axis, figure, legend, lines, log_axis, save, style
 
 XLABELS = {"tokens": "tokens trained on", "seconds": "time (s)"}
 
@@ -48,17 +48,10 @@ def plot_loss(run: RunData, x: Literal["tokens", "seconds"], path: Path) -> Path
     )
     train, evaluation = grid[0]
     smoothed = False
-    for member, colour, width, name in members(run):
+    for member, line in members(run):
         xs, losses = member.series("train", x, "loss")
-        span = _span(losses)
-        if span > 1:
-            train.plot(xs, losses, color=colour, alpha=0.22, linewidth=0.8)
-        marker = {"marker": "o", "markersize": 4} if len(losses) == 1 else {}
-        dash = "-" if member is run else "--"  # told apart in grey, too
-        train.plot(xs, smooth(losses, span), color=colour, linewidth=width, label=name, linestyle=dash, **marker)
-        smoothed = smoothed or span > 1
-        xs, losses = member.series("eval", x, "loss")
-        evaluation.plot(xs, losses, color=colour, linewidth=width, marker="o", markersize=4, label=name, linestyle=dash)
+        smoothed = _averaged(train, xs, losses, line) or smoothed
+        evaluation.plot(*member.series("eval", x, "loss"), marker="o", markersize=4, **line)
     if fused := run.eval_when("after_fusion"):
         evaluation.plot(
             [line[x] for line in fused],
@@ -100,16 +93,14 @@ def plot_learning_rate(run: RunData, path: Path) -> Path | None:
         title += f" (at {figures.count(tokens[int(np.nanargmax(norms))])} tokens)"
     made = figure(title, height=4.6)
     top, bottom = made.subplots(2, 1, sharex=True)
-    for member, colour, width, name in members(run):
-        xs, values = member.series("train", "tokens", "learning_rate")
-        top.plot(xs, values, color=colour, linewidth=width, label=name)
-        xs, values = member.series("train", "tokens", "grad_norm")
-        bottom.plot(xs, values, color=colour, linewidth=width / 2, label=name)
+    for member, line in members(run):
+        top.plot(*member.series("train", "tokens", "learning_rate"), **line)
+        bottom.plot(*member.series("train", "tokens", "grad_norm"), **{**line, "linewidth": line["linewidth"] / 2})
     style(top, ylabel="learning rate")
     top.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     style(bottom, xlabel=XLABELS["tokens"], ylabel="gradient norm,\nbefore clipping")
     if norms.size and norms.min() > 0 and norms.max() > 20 * norms.min():
-        bottom.set_yscale("log")
+        log_axis(bottom.yaxis)
     count_axis(bottom)
     for axes in (top, bottom):
         _stage_lines(run, axes, "tokens", named=axes is top)
@@ -118,10 +109,23 @@ def plot_learning_rate(run: RunData, path: Path) -> Path | None:
     return save(made, path)
 
 
-def members(run: RunData) -> list[tuple[RunData, str, float, str]]:
-    """(data, colour, line width, name) of the control and of the run. The run is last: drawn on top, and thinner."""
-    own = (run, RUN, 1.7, figures.method_name(run.method))
-    return [(run.control, CONTROL, 2.8, "control"), own] if run.control else [own]
+def members(run: RunData) -> list[tuple[RunData, dict[str, Any]]]:
+    """(data, how its lines are drawn) of the control, where there is one, and of the run."""
+    of: dict[str, tuple[RunData, str]] = {"control": (run.control, CONTROL)} if run.control else {}
+    of[figures.method_name(run.method)] = (run, RUN)
+    look = lines({name: colour for name, (_, colour) in of.items()})
+    return [(member, look[name]) for name, (member, _) in of.items()]
+
+
+def _averaged(axes: Axes, xs: Any, values: np.ndarray, line: dict[str, Any]) -> bool:
+    """Draw `values` [n] faintly, and their moving average as `line` says; of few values themselves. Returns whether it
+    was averaged."""
+    span = _span(values)
+    if span > 1:
+        axes.plot(xs, values, color=line["color"], alpha=0.22, linewidth=0.8)
+    marker: dict[str, Any] = {"marker": "o", "markersize": 4} if len(values) == 1 else {}
+    axes.plot(xs, smooth(values, span), **marker, **line)
+    return span > 1
 
 
 def _note(run: RunData) -> str:
@@ -131,7 +135,9 @@ def _note(run: RunData) -> str:
 
 
 def _time_title(run: RunData) -> str:
-    own = run.outcome.get("seconds")
+    own, whole = run.outcome.get("seconds"), run.outcome.get("total_seconds")
+    if figures.is_number(whole):  # a shrink, which prunes too
+        return f"{figures.method_name(run.method)}: training took {figures.duration(own)} of {figures.duration(whole)}"
     text = f"{figures.method_name(run.method)} took {figures.duration(own)}"
     if run.control is None:
         return f"{text} for {figures.count(run.outcome.get('tokens'))} tokens"
@@ -150,12 +156,11 @@ def _difference(run: RunData, axes: Axes, event: str, *, smoothed: bool) -> None
     xs = [own[step]["tokens"] for step in shared]
     gaps = np.array([own[step]["loss"] - other[step]["loss"] for step in shared], dtype=np.float64)
     axes.axhline(0, color=BEFORE, linewidth=1)
+    line: dict[str, Any] = {"color": RUN, "linewidth": 1.7}
     if smoothed:
-        span = _span(gaps)
-        if span > 1:
-            axes.plot(xs, gaps, color=RUN, alpha=0.22, linewidth=0.8)
-        gaps = smooth(gaps, span)
-    axes.plot(xs, gaps, color=RUN, linewidth=1.7, marker=None if smoothed else "o", markersize=4)
+        _averaged(axes, xs, gaps, line)
+    else:
+        axes.plot(xs, gaps, marker="o", markersize=4, **line)
     below = f"{figures.method_name(run.method)} minus control (below 0: the control is worse)"
     style(axes, ylabel="difference (nats)" if event == "train" else "", title=below)
     axes.title.set_fontsize(9)

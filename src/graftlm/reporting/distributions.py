@@ -1,15 +1,20 @@
 """How evenly heads and channels are active: the distributions of the paper's figures 1, 2 and 6 to 9."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.ticker import MaxNLocator
 
 from graftlm.reporting.rundata import KINDS, Activations
-from graftlm.reporting.style import colours, figure, legend, save, style, whole_numbers
+from graftlm.reporting.style import colours, figure, legend, lines, log_axis, save, style, whole_numbers
 
+LAYERS = LinearSegmentedColormap.from_list("layers", colormaps["viridis"](np.linspace(0.58, 0, 256)))
+"""From the first layer to the last: the part of viridis that is seen on white."""
 STRONGEST = 0.1
 """Share of a module's components whose part of the whole activation is told."""
 FLOOR = 1e-4
@@ -31,7 +36,19 @@ def top_share(values: np.ndarray) -> float:
     """Share of a module's whole activation that its strongest components hold (at least one component)."""
     ordered = np.sort(values.astype(np.float64))[::-1]
     total = ordered.sum()
-    return float(ordered[: max(1, round(STRONGEST * len(ordered)))].sum() / total) if total > 0 else 0.0
+    return float(ordered[: strongest(len(ordered))].sum() / total) if total > 0 else 0.0
+
+
+def strongest(components: int) -> int:
+    """How many of a module's components are its strongest ones."""
+    return max(1, round(STRONGEST * components))
+
+
+def strongest_of(sizes: Iterable[int]) -> str:
+    """`1 of 4`, or `10%` where modules are of several sizes."""
+    several = set(sizes)
+    size = several.pop()
+    return f"{STRONGEST:.0%}" if several else f"{strongest(size)} of {size}"
 
 
 def mean_over_layers(activations: Activations, kind: str, measure: Any) -> dict[str, float]:
@@ -43,28 +60,26 @@ def mean_over_layers(activations: Activations, kind: str, measure: Any) -> dict[
     }
 
 
-def plot_activations(activations: Activations, kind: str, path: Path) -> Path | None:
+def plot_activations(activations: Activations, kind: str, path: Path, note: str = "") -> Path | None:
     """Activations of `kind` ("heads" or "channels"), sorted and divided by their layer's mean; one line a layer.
 
-    One panel for each key of `activations`: moments of a run, or models side by side. None if there is nothing of this
-    kind.
+    One panel for each key of `activations`: moments of a run, or models side by side, of which `note` says more. None
+    if there is nothing of this kind.
     """
     panels = {when: kinds[kind] for when, kinds in activations.items() if kinds.get(kind)}
     if not panels:
         return None
     held = ", ".join(f"{v:.0%} ({when})" for when, v in mean_over_layers(activations, kind, top_share).items())
-    first = next(iter(next(iter(panels.values())).values()))
-    top = max(1, round(STRONGEST * len(first)))
-    strongest = f"strongest {top} of {len(first)} {kind} hold" if top > 1 else f"strongest of {len(first)} {kind} holds"
+    said = strongest_of(len(values) for layers in panels.values() for values in layers.values())
     made = figure(
-        f"In a layer, the {strongest} on average {held}",
+        f"In a layer, the strongest {said} {kind} hold{'s' if said.startswith('1 of') else ''} on average {held}",
         width=max(6.0, 3.3 * len(panels)),
         height=4.6,
-        note="of the module's activation (mean over samples of the squared norm)",
+        note=f"of the module's activation (mean over samples of the squared norm){'. ' if note else ''}{note}",
     )
     grid = made.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     depth = Normalize(0, max(1, max(max(layers) for layers in panels.values())))
-    shading = ScalarMappable(depth, "viridis_r")
+    shading = ScalarMappable(depth, LAYERS)
     for axes, (when, layers) in zip(grid, panels.items(), strict=True):
         for layer, values in layers.items():
             ordered = np.sort(values.astype(np.float64))[::-1]
@@ -80,16 +95,19 @@ def plot_activations(activations: Activations, kind: str, path: Path) -> Path | 
                 markersize=3,
             )
         axes.axhline(1, color="#22262b", linewidth=0.8, linestyle="--")
-        axes.set_yscale("log")
         whole_numbers(axes.xaxis)
         style(axes, xlabel="head, strongest first" if kind == "heads" else f"{kind}, strongest first (%)", title=when)
+    log_axis(grid[0].yaxis)  # of all panels, which share it
     style(grid[0], ylabel="activation / layer's mean")
-    made.colorbar(shading, ax=list(grid), label="layer", pad=0.01, aspect=30)
+    bar = made.colorbar(shading, ax=list(grid), label="layer", pad=0.01, aspect=30)
+    bar.locator = MaxNLocator(5, integer=True)
+    bar.update_ticks()
     return save(made, path)
 
 
-def plot_sigma(activations: Activations, path: Path) -> Path | None:
-    """sigma and sigma / mean of every layer's heads and channels, one line for each key; None if there is nothing."""
+def plot_sigma(activations: Activations, path: Path, note: str = "") -> Path | None:
+    """sigma and sigma / mean of every layer's heads and channels, one line for each key, of which `note` says more;
+    None if there is nothing."""
     kinds = [kind for kind in KINDS if any(found.get(kind) for found in activations.values())]
     if not kinds:
         return None
@@ -101,25 +119,19 @@ def plot_sigma(activations: Activations, path: Path) -> Path | None:
     made = figure(
         "Mean of σ/mean over layers: " + "; ".join(said),
         height=6.2,
-        note="Lower is more even. σ: standard deviation over a module's components of the mean activation.",
+        note=f"Lower is more even. σ: standard deviation over a module's components of the mean activation. {note}",
     )
     grid = made.subplots(2, len(kinds), sharex="col", squeeze=False)
-    palette = colours(activations)
+    look = lines(colours(activations))
     for column, kind in enumerate(kinds):
         for row, measure in enumerate((sigma, relative_sigma)):
             axes = grid[row][column]
             for when, found in activations.items():
                 layers = found.get(kind, {})
-                axes.plot(
-                    list(layers),
-                    [measure(values) for values in layers.values()],
-                    color=palette[when],
-                    marker="o",
-                    markersize=3.5,
-                    linewidth=1.6,
-                    label=when,
-                )
-            axes.set_yscale("log" if row == 0 and _spans_decades(axes) else "linear")
+                values = [measure(values) for values in layers.values()]
+                axes.plot(list(layers), values, marker="o", markersize=3.5, **look[when])
+            if row == 0 and _spans_decades(axes):
+                log_axis(axes.yaxis)
             whole_numbers(axes.xaxis)
             style(
                 axes,

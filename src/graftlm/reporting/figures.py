@@ -41,10 +41,10 @@ def _optional(show: Callable[[float], str]) -> Callable[[Any], str]:
     return lambda value: show(value) if is_number(value) else MISSING
 
 
-def _count(value: float) -> str:
+def _count(value: float, digits: int = 3) -> str:
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * size:  # where three digits round up to the next suffix
-            return f"{value / size:.3g} {suffix}"
+            return f"{value / size:.{digits}g} {suffix}"
     return f"{value:.3g}"
 
 
@@ -65,6 +65,7 @@ def _perplexity(loss: float) -> str:
 
 
 count = _optional(_count)
+close_count = _optional(lambda value: _count(value, 4))
 duration = _optional(_duration)
 size = _optional(_size)
 integer = _optional(lambda value: f"{round(value):,}")
@@ -91,7 +92,13 @@ class Row:
 
 def difference(a: Any, b: Any) -> str:
     """`a - b`, signed, in the unit of both."""
-    return f"{a - b:+.4f}".replace("-", "−") if is_number(a) and is_number(b) else ""
+    return signed(a - b, 4) if is_number(a) and is_number(b) else ""
+
+
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign, and without one where all digits shown are 0."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
 
 
 def ratio(a: Any, b: Any) -> str:
@@ -127,7 +134,7 @@ def comparison(summary: dict[str, Any], control: dict[str, Any] | None) -> list[
         row("tokens per second", "tokens_per_second", rate, ratio, cost=True),
         row("peak memory", "peak_memory_bytes", size, ratio, cost=True),
         row("trainable parameters", "trainable_parameters", count),
-        row("trainable share", "trainable_fraction", small_share),
+        row("trainable, of the model's own parameters", "trainable_fraction", small_share),
         row("of these, operators", "operator_parameters", count),
     ]
     return [r for r in rows if {r.run, r.control} - {MISSING, "0"}]

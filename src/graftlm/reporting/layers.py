@@ -8,7 +8,19 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from graftlm.reporting import figures
-from graftlm.reporting.style import BEFORE, RUN, STRONG, colours, dashes, figure, legend, save, style, whole_numbers
+from graftlm.reporting.style import (
+    BEFORE,
+    RUN,
+    STRONG,
+    colours,
+    figure,
+    legend,
+    lines,
+    log_axis,
+    save,
+    style,
+    whole_numbers,
+)
 
 Shape = Mapping[str, int]
 """A layer's widths: num_attention_heads, num_key_value_heads, intermediate_size."""
@@ -71,7 +83,7 @@ def plot_shares(
 ) -> Path:
     """Share of its components that each layer of each model has left; models that have lost whole layers, or none of
     any layer's components (a sliced hidden size), are named as left out. palette: colours by model, where other
-    pictures show them too."""
+    pictures show them too. Models of the same shares have one line, named `a = b`."""
     before = [widths(original, part).tolist() for part in PARTS]
     out = [
         label
@@ -83,14 +95,16 @@ def plot_shares(
         note += f" Not drawn, as they lost whole layers or a part of the hidden size: {', '.join(out)}."
     made = figure(title, width=10.0, height=4.4, note=note)
     palette = palette or colours(models)
-    dashed = dashes(palette)
+    groups: dict[tuple[tuple[float, ...], ...], list[str]] = {}  # labels, by the shares of both parts
+    for label, shapes in models.items():
+        if label not in out:
+            left = (widths(shapes, part) / np.maximum(1, widths(original, part)) for part in PARTS)
+            groups.setdefault(tuple(tuple(one.tolist()) for one in left), []).append(label)
+    look = lines({" = ".join(labels): palette[labels[0]] for labels in groups.values()})
     grid = made.subplots(1, 2, sharey=True)
-    for axes, part in zip(grid, PARTS, strict=True):
-        for label, shapes in models.items():
-            if label not in out:
-                left = widths(shapes, part) / np.maximum(1, widths(original, part))
-                line: dict[str, Any] = {"color": palette[label], "linestyle": dashed[label], "linewidth": 1.5}
-                axes.plot(left, marker="o", markersize=3, label=label, **line)
+    for number, (axes, part) in enumerate(zip(grid, PARTS, strict=True)):
+        for shares, labels in groups.items():
+            axes.plot(shares[number], marker="o", markersize=3, **look[" = ".join(labels)])
         axes.set_ylim(-0.03, 1.05)
         style(axes, xlabel="layer", ylabel="" if part == "FFN" else "share left", title=part)
         whole_numbers(axes.xaxis)
@@ -118,15 +132,20 @@ def plot_iterations(
     for part in PARTS:
         before = np.maximum(1, widths(original, part))
         pictures[f"share left: {part}"] = np.array([widths(s["shapes"], part) / before for s in steps]).T, "viridis"
-    made = figure(f"{unit.capitalize()} by {unit}", width=3.6 * (len(pictures) + 1), height=4.4)
-    grid = made.subplots(1, len(pictures) + 1)
+    start, end = map(figures.close_count, (original_parameters, steps[-1]["parameters"]))
+    title = f"{start} to {end} parameters in {len(steps)} {unit}s"
+    made = figure(title, width=9.0, height=7.0)
+    grid = made.subplots(2, 2).ravel()
+    last = grid[len(pictures)]
+    for axes in grid[len(pictures) + 1 :]:  # where no importance is known
+        axes.remove()
     for axes, (title, (values, colour)) in zip(grid, pictures.items(), strict=False):
         _picture(axes, values, iterations, title, colour, unit)
     sizes = [original_parameters, *(step["parameters"] for step in steps)]
-    grid[-1].plot([iterations[0] - 1, *iterations], sizes, color=RUN, linewidth=1.8)
-    grid[-1].yaxis.set_major_formatter(lambda value, _: figures.count(value))
-    whole_numbers(grid[-1].xaxis)
-    style(grid[-1], xlabel=unit, title="parameters of the model")
+    last.plot([iterations[0] - 1, *iterations], sizes, color=RUN, linewidth=1.8)
+    last.yaxis.set_major_formatter(lambda value, _: figures.count(value))
+    whole_numbers(last.xaxis)
+    style(last, xlabel=unit, title="parameters of the model")
     return save(made, path)
 
 
@@ -144,13 +163,15 @@ def _picture(axes: Axes, values: np.ndarray, iterations: Sequence[int], title: s
     bar.ax.tick_params(labelsize=8)
 
 
-def plot_sensitivity(found: Mapping[str, Any], path: Path) -> Path:
+def plot_sensitivity(found: Mapping[str, Any], path: Path, label: str = "", note: str = "") -> Path:
     """Perplexity without a share of one layer's components at a time, over the layer (Adapt-Pruner, fig. 1, above);
-    `found`: as pruning.sensitivity.layer_sensitivity gives it."""
+    `found`: as pruning.sensitivity.layer_sensitivity gives it. `label`: the model; `note` says more of it."""
     worst = max(found["layers"], key=lambda one: one["loss"])
     made = figure(
-        f"Perplexity without {found['share']:.0%} of one layer: layer {worst['layer']} is missed most",
-        note="Without the key-value groups and channels of the least first-order importance, one layer at a time.",
+        f"{label}{': p' if label else 'P'}erplexity without {found['share']:.0%} of one layer: layer {worst['layer']} "
+        "is missed most",
+        note="Without the key-value groups and channels of the least first-order importance, one layer at a time. "
+        + note,
     )
     axes = made.subplots()
     # exp overflows a double above 709.
@@ -163,8 +184,8 @@ def plot_sensitivity(found: Mapping[str, Any], path: Path) -> Path:
     for (label, one), dash in zip(lines, ("-", "--", ":"), strict=False):
         value = np.exp(min(one["loss"], 700.0))
         axes.axhline(value, color=BEFORE, linestyle=dash, linewidth=1.2, label=f"{label}: {value:.4g}")
-    axes.set_yscale("log")
-    style(axes, xlabel="layer", ylabel="token perplexity (log)")
+    scale = " (log)" if log_axis(axes.yaxis) else ""
+    style(axes, xlabel="layer", ylabel=f"token perplexity{scale}")
     whole_numbers(axes.xaxis)
     legend(made, axes)
     return save(made, path)

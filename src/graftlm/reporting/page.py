@@ -10,6 +10,7 @@ import jinja2
 import yaml
 
 from graftlm.reporting.figures import MISSING
+from graftlm.reporting.style import headline_of
 
 
 def template(name: str) -> jinja2.Template:
@@ -30,6 +31,12 @@ class Plot:
 
     alt: str
     source: str
+
+
+def picture(path: Path, what: str) -> Plot:
+    """A figure that style.save wrote, for who cannot see it as what it is and what its title says."""
+    headline = headline_of(path)
+    return Plot(f"{what}: {headline}" if headline else what, inline(path))
 
 
 def inline(path: Path) -> str:
@@ -54,9 +61,9 @@ def differences(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: 
         if isinstance(value, Mapping) and isinstance(default, Mapping):
             found += differences(value, default, f"{prefix}{key}.")
         elif key not in defaults:
-            found.append((prefix + key, _flow(value), MISSING))
+            found.append((prefix + key, flow(value), MISSING))
         elif _plain(value) != _plain(default):
-            found.append((prefix + key, _flow(value), _flow(default)))
+            found.append((prefix + key, flow(value), flow(default)))
     return found
 
 
@@ -65,7 +72,7 @@ def as_yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
     """A value on one line, as YAML."""
     text = yaml.safe_dump(_plain(value), default_flow_style=True, sort_keys=False, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.reporting import figures
-from graftlm.reporting.style import BEFORE, CONTROL, RUN, figure, legend, save, style, whole_numbers
+from graftlm.reporting.style import BEFORE, CONTROL, RUN, figure, legend, lines, save, style, whole_numbers
 
 
 def plot_phases(summary: Mapping[str, Any], path: Path) -> Path:
@@ -23,15 +23,15 @@ def plot_phases(summary: Mapping[str, Any], path: Path) -> Path:
     left.plot([0, *numbers], sizes, color=RUN, marker="o", markersize=4, linewidth=1.8)
     left.yaxis.set_major_formatter(lambda value, _: figures.count(value))
     style(left, xlabel="phase (0: the original)", ylabel="parameters", title="size")
-    lines = (
-        ("before_pruning", "before pruning", BEFORE, "o", 3.2),  # wide: often hidden behind the next
-        ("after_pruning", "after pruning", CONTROL, "v", 1.4),
-        ("end", "after training", RUN, "s", 1.4),
+    moments = (
+        ("before_pruning", "before pruning", BEFORE, "o"),
+        ("after_pruning", "after pruning", CONTROL, "v"),
+        ("end", "after training", RUN, "s"),
     )
-    for key, label, colour, marker, width in lines:
+    look = lines({label: colour for _, label, colour, _ in moments})
+    for key, label, _, marker in moments:
         there = [(p["phase"], value) for p in phases if figures.is_number(value := p[f"eval_loss_{key}"])]
-        xs, ys = [x for x, _ in there], [y for _, y in there]
-        right.plot(xs, ys, color=colour, marker=marker, markersize=5, linewidth=width, label=label)
+        right.plot([x for x, _ in there], [y for _, y in there], marker=marker, markersize=5, **look[label])
     style(right, xlabel="phase", ylabel="loss (nats per token)", title="evaluation loss")
     for axes in (left, right):
         whole_numbers(axes.xaxis)

@@ -16,9 +16,10 @@ from graftlm.parts import component_cost, layer_parameters
 from graftlm.pruning.saving import SUMMARY
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks
+from graftlm.pruning.ways import WAYS
 from graftlm.reporting import figures, nextsteps
 from graftlm.reporting.layers import Shape, plot_iterations, plot_layers, plot_whole_layers
-from graftlm.reporting.page import Plot, differences, flatten, inline, template
+from graftlm.reporting.page import Plot, differences, flatten, flow, picture, template
 
 ALT = {
     "layers": "Parameters of attention and FFN in every layer, against the original's",
@@ -45,7 +46,7 @@ def write_report(folder: str | Path) -> Path:
             told["steps"], told["original_shapes"], told["original_parameters"], folder / "plots" / "iterations.png"
         ),
     ]
-    drawn = {path.stem: Plot(ALT[path.stem], inline(path)) for path in plots if path is not None}
+    drawn = {path.stem: picture(path, ALT[path.stem]) for path in plots if path is not None}
     path = folder / "report.html"
     write_text(path, template("pruning.html").render(_context(folder, told, drawn)))
     return path
@@ -97,11 +98,17 @@ def _context(folder: Path, told: dict[str, Any], plots: dict[str, Plot]) -> dict
         ),
         "notes": [str(note) for note in told["notes"]],
         "differences": differences(told["settings"], _DEFAULTS),
-        "settings": list(told["settings"].items()),
+        "settings": [(key, flow(value)) for key, value in _resolved(told["settings"]).items()],
         "environment": flatten(told["environment"]),
         "commands": nextsteps.after_pruning(folder),
         "load": nextsteps.load_snippet(str(folder), trust="auto_map" in read_json(folder / "config.json")),
     }
+
+
+def _resolved(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the iterations that the method took where none were given."""
+    way = WAYS.get(settings["method"])
+    return {**settings, "iterations": settings.get("iterations") or (way and way.iterations)}
 
 
 def _calibrated_on(told: dict[str, Any]) -> str:

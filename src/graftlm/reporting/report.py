@@ -9,7 +9,7 @@ from typing import Any
 from graftlm.configuring import config_to_dict
 from graftlm.files import read_json, write_text
 from graftlm.reporting import figures, nextsteps
-from graftlm.reporting.page import Plot, as_yaml, differences, flatten, inline, template
+from graftlm.reporting.page import as_yaml, differences, flatten, picture, template
 from graftlm.reporting.plots import draw
 from graftlm.reporting.rundata import RunData, read_run
 from graftlm.training.config import RunConfig, SourceConfig
@@ -49,7 +49,7 @@ def _context(data: RunData) -> dict[str, Any]:
     outcome = data.outcome
     control = data.control.outcome if data.control is not None else None
     rows = figures.comparison(outcome, control)
-    plots = {path.stem: Plot(ALT[path.stem], inline(path)) for path in draw(data)}
+    plots = {path.stem: picture(path, ALT[path.stem]) for path in draw(data)}
     model = str(data.folder / "model")
     gap = outcome.get("fused_max_abs_logit_difference")
     return {
@@ -163,7 +163,7 @@ def _stage(stage: dict[str, Any]) -> dict[str, str]:
     effective, moved = stage.get("effective_k") or {}, (stage.get("moved") or {}).get("all") or {}
     return {
         "number": str(int(stage["stage"]) + 1),
-        "step": figures.integer(stage.get("step")),
+        "step": figures.integer(stage["step"] + 1) if figures.is_number(stage.get("step")) else figures.MISSING,
         "steps": figures.integer(stage.get("steps")),
         "tokens": figures.count(stage.get("tokens")),
         "start": figures.loss(stage.get("eval_loss_start")),
@@ -185,5 +185,16 @@ def _data(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("blocks (sequences)", "blocks", figures.integer),
         ("tokens that count in the loss", "supervised_share", figures.share),
         ("truncated", "truncated_share", figures.share),
+        ("share of the data trained on", "epochs", _epochs),
     )
-    return [(label, show(data[key])) for label, key, show in pairs if data.get(key) is not None]
+    rows = [(label, show(data[key])) for label, key, show in pairs if data.get(key) is not None]
+    if (sequences := data.get("evaluation_blocks")) is not None:
+        tokens = figures.count(data.get("evaluation_tokens"))
+        what = f"{figures.integer(sequences)} held-out sequences, {tokens} tokens" if sequences else "nothing"
+        rows.append(("evaluation loss measured on", what))
+    return rows
+
+
+def _epochs(value: float) -> str:
+    """A share, and what is more than all of it as times."""
+    return figures.share(value) if value < 1 else f"{value:.2f} times all of it"

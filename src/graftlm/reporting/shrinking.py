@@ -16,7 +16,7 @@ from graftlm.pruning.shrink.story import rows, summarise
 from graftlm.reporting import figures, nextsteps
 from graftlm.reporting.curves import plot_learning_rate, plot_loss
 from graftlm.reporting.layers import plot_iterations
-from graftlm.reporting.page import Plot, as_yaml, differences, flatten, inline, template
+from graftlm.reporting.page import Plot, as_yaml, differences, flatten, picture, template
 from graftlm.reporting.phases import plot_phases
 from graftlm.reporting.pruning import draw_layers, shape_rows
 from graftlm.reporting.rundata import RunData, read_run
@@ -81,7 +81,7 @@ def _draw(run: RunData, summary: dict[str, Any], pruned: Path, folder: Path) -> 
         draw_layers(pruned, summary["shapes"], original, summary["original_layer_parameters"], folder),
         plot_iterations(steps, original, summary["original_parameters"], folder / "iterations.png", unit="phase"),
     )
-    return {path.stem: Plot(ALT[path.stem], inline(path)) for path in made if path is not None}
+    return {path.stem: picture(path, ALT[path.stem]) for path in made if path is not None}
 
 
 def _context(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graftlm.reporting.style import BEFORE, colours, figure, legend, save, style, whole_numbers
+from graftlm.reporting.style import BEFORE, colours, figure, legend, lines, save, style, whole_numbers
 
 Spaces = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """{block: {role: Subspaces as a dict}}."""
@@ -19,8 +19,9 @@ def mean_by_role(spaces: Spaces) -> dict[str, dict[str, float]]:
     return {role: {k: sum(r[k] for r in found) / len(found) for k in found[0]} for role, found in rows.items()}
 
 
-def plot_spaces(models: Mapping[str, Spaces], path: Path) -> Path | None:
-    """A column for each mixed matrix: effective rank of N over that of P, and the overlap beside what chance gives."""
+def plot_spaces(models: Mapping[str, Spaces], path: Path, note: str = "") -> Path | None:
+    """A column for each mixed matrix: effective rank of N over that of P, and the overlap beside what chance gives;
+    `note` says more of the models."""
     roles = list(mean_by_role(next(iter(models.values()))))
     if not roles:
         return None
@@ -34,18 +35,21 @@ def plot_spaces(models: Mapping[str, Spaces], path: Path) -> Path | None:
         "Overlap of the spaces of P and N, times what chance gives: " + "; ".join(said),
         width=2.6 * len(roles) + 1,
         height=5.4,
-        note="Above: effective rank of N / of P. Below: mean squared cosine of principal angles; dashed: by chance.",
+        note="Above: effective rank of N / of P. Below: mean squared cosine of principal angles; dotted: by chance. "
+        + note,
     )
     grid = made.subplots(2, len(roles), sharex="col", squeeze=False)
-    palette = colours(models)
+    look = lines(colours(models))
     for column, role in enumerate(roles):
         for label, spaces in models.items():
             found = [of[role] for of in spaces.values() if role in of]
             ratio = [f["effective_rank_n"] / max(1e-12, f["effective_rank_p"]) for f in found]
-            line = {"color": palette[label], "marker": "o", "markersize": 3.5, "linewidth": 1.6, "label": label}
+            line = {"marker": "o", "markersize": 3.5, **look[label]}
             grid[0][column].plot(range(len(found)), ratio, **line)
             grid[1][column].plot(range(len(found)), [f["overlap"] for f in found], **line)
-        grid[1][column].plot(range(len(found)), [f["overlap_by_chance"] for f in found], color=BEFORE, linestyle="--")
+        grid[1][column].plot(
+            range(len(found)), [f["overlap_by_chance"] for f in found], color=BEFORE, linestyle=":", zorder=1.5
+        )
         style(grid[0][column], ylabel="" if column else "effective rank, N / P", title=role)
         style(grid[1][column], xlabel="layer", ylabel="" if column else "overlap")
         whole_numbers(grid[1][column].xaxis)

@@ -2,25 +2,30 @@
 
 import itertools
 import textwrap
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 from graftlm.files import atomic_path
 from graftlm.reporting import figures
 
-# Okabe and Ito's palette. A method has one colour everywhere: plots, report, and its tables.
+# Of Okabe and Ito's palette what is seen on white (a contrast of 3 to 1 at least). A method has one colour everywhere:
+# plots, report, and its tables.
 RUN, CONTROL, BEFORE = "#0072B2", "#D55E00", "#777777"
 STRONG, WEAK = "#009E73", "#AA4499"
 """Advantageous (P) and disadvantageous (N) components."""
-_OTHERS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#000000")
+_OTHERS = ("#CC79A7", "#8C6D00", "#009E73", "#882255", "#000000")
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
+_WIDEST, _THINNEST = 4.4, 1.6
+NARROW = 3
+"""Times its lowest value that the highest of a logarithmic axis must be."""
 INK, FAINT = "#22262b", "#e3e5e8"
 DPI = 140
 _AT_LEFT: dict[str, Any] = {"x": 0.012, "ha": "left"}
@@ -28,7 +33,7 @@ _AT_LEFT: dict[str, Any] = {"x": 0.012, "ha": "left"}
 
 def colours(labels: Iterable[str]) -> dict[str, str]:
     """A colour for each label: before is grey, the control orange, the run blue; others get what is left, in turn, and
-    from the start again where there are many (`dashes` tells those apart)."""
+    from the start again where there are many (`lines` tells those apart)."""
     spare = itertools.cycle(_OTHERS)
     chosen: dict[str, str] = {}
     for label in labels:
@@ -43,14 +48,24 @@ def colours(labels: Iterable[str]) -> dict[str, str]:
     return chosen
 
 
-def dashes(chosen: Mapping[str, str]) -> dict[str, Any]:
-    """A line style for each label, another one for each that has the same colour."""
-    seen: Counter[str] = Counter()
-    styles: dict[str, Any] = {}
-    for label, colour in chosen.items():
-        styles[label] = _DASHES[seen[colour] % len(_DASHES)]
-        seen[colour] += 1
-    return styles
+def lines(chosen: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """How a line is drawn for each label of `chosen` (its colour): so that lines that coincide are all seen.
+
+    The first is wide and solid, each later one above it, thinner, and dashed in a way of its own; a control comes
+    first. No two labels have both colour and dash in common, as far as there are dashes.
+    """
+    order = sorted(chosen, key=lambda label: chosen[label] != CONTROL)
+    step = min(0.9, (_WIDEST - _THINNEST) / max(1, len(order) - 1))
+    made: dict[str, dict[str, Any]] = {}
+    taken: set[tuple[str, Any]] = set()
+    for place, label in enumerate(order):
+        colour = chosen[label]
+        turned = [*_DASHES[place % len(_DASHES) :], *_DASHES[: place % len(_DASHES)]]
+        dash = next((one for one in turned if (colour, one) not in taken), turned[0])
+        taken.add((colour, dash))
+        look = {"color": colour, "linewidth": _THINNEST + step * (len(order) - 1 - place), "linestyle": dash}
+        made[label] = {**look, "zorder": 2 + place / len(order), "label": label}
+    return {label: made[label] for label in chosen}
 
 
 def figure(title: str, *, width: float = 9.0, height: float = 4.8, note: str = "") -> Figure:
@@ -88,6 +103,22 @@ def count_axis(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: figures.count(value)))
 
 
+def log_axis(axis: Axis) -> bool:
+    """A logarithmic scale with ticks at plain numbers (1, 2, 5), when what is on the axis has been drawn; returns
+    whether it is one. A narrow range, on which hardly a tick would fall, stays linear, as what has no logarithm does.
+    """
+    low, high = axis.get_data_interval()
+    if not (low > 0 and np.isfinite(high) and high >= NARROW * low):
+        return False
+    axes = axis.axes
+    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+    steps = (1.0,) if high > 1000 * low else (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 2.0, 3.0, 5.0, 7.0)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else figures.count(value)))
+    axis.set_minor_locator(NullLocator())
+    return True
+
+
 def whole_numbers(axis: Axis) -> None:
     """Ticks of an axis of layers or heads: few, and integers."""
     axis.set_major_locator(MaxNLocator(5, integer=True))
@@ -108,7 +139,13 @@ def legend(made: Figure, axes: Axes) -> None:
 
 
 def save(made: Figure, path: Path) -> Path:
-    """Write the figure as PNG, atomically."""
+    """Write the figure as PNG, atomically; its title is in the file, too, for who cannot see it (`headline_of`)."""
     with atomic_path(path) as temporary:
-        made.savefig(temporary, format="png", dpi=DPI)
+        made.savefig(temporary, format="png", dpi=DPI, metadata={"Title": " ".join(made.get_suptitle().split())})
     return path
+
+
+def headline_of(path: Path) -> str:
+    """The title of a figure that `save` wrote; empty where the file has none."""
+    with Image.open(path) as image:
+        return str(image.info.get("Title", ""))

@@ -1,6 +1,7 @@
 """What becomes of a trained model: fused, measured, saved, reopened."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from graftlm.activations import ActivationRecorder
 from graftlm.anatomy import read_anatomy
 from graftlm.configuring import config_to_dict
 from graftlm.environment import peak_memory_bytes
-from graftlm.files import atomic_path
-from graftlm.models import has_own_class, load_model, save_model
+from graftlm.files import atomic_path, read_json, write_text
+from graftlm.models import has_own_class, is_own_type, load_model, save_model
 from graftlm.modes import evaluating
 from graftlm.parts import count_parameters
 from graftlm.reporting.card import model_card
@@ -84,10 +85,7 @@ def finish(
         "eval_loss_end": loss,
         "control": None,
         "stages": trainer.stages,
-        "data": {
-            key: getattr(data.statistics, key)
-            for key in ("documents", "tokens", "blocks", "supervised_share", "truncated_share")
-        },
+        "data": told_of_data(data, trainer.meter.tokens),
         "notes": notes,
     }
     if selection_loss is not None:
@@ -103,7 +101,7 @@ def finish(
     gc.collect()
     weights = gathered_state(model) if is_sharded(model) else None
     if is_main():
-        card = model_card(summary, config_to_dict(config), config.model, own_class=has_own_class(model))
+        card = run_card(summary, config, own_class=has_own_class(model))
         save_model(model, tokenizer, run / "model", card=card, state_dict=weights)
     del weights
     if before is not None:  # now that the model is safe
@@ -115,6 +113,28 @@ def finish(
     except torch.OutOfMemoryError:  # the run is done; what follows only looks at it
         notes.append("the saved model was not opened beside the trained one to compare them: too little GPU memory")
     return summary
+
+
+def told_of_data(data: PreparedData, trained_on: int) -> dict[str, Any]:
+    """What the summary says of the data: of training, of what the evaluation loss is measured on, and how many times
+    the tokens of an epoch were trained on (None: streamed, so nobody knows how many those are)."""
+    keys = ("documents", "tokens", "blocks", "supervised_share", "truncated_share", "evaluation_blocks")
+    told = {key: getattr(data.statistics, key) for key in keys}
+    measured: Any = data.evaluation
+    told["evaluation_tokens"] = sum(len(measured[i]["input_ids"]) for i in range(len(measured))) if measured else 0
+    told["epochs"] = trained_on / told["tokens"] if told["tokens"] else None
+    return told
+
+
+def run_card(summary: dict[str, Any], config: RunConfig, *, own_class: bool) -> str:
+    """The model card of a run, from as much of its summary as there is. `own_class`: as `model_card`."""
+    return model_card(summary, config_to_dict(config), config.model, own_class=own_class)
+
+
+def renew_card(summary: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    """Write the card of the run's model in `folder` once more: it was saved before there was a control to show."""
+    own_class = is_own_type(read_json(folder / "config.json").get("model_type"))
+    write_text(folder / "README.md", run_card(summary, config, own_class=own_class))
 
 
 def _reopened_difference(trainer: RunTrainer, config: RunConfig, sample: Tensor, live: Tensor) -> float:

@@ -17,6 +17,7 @@ from graftlm.methods import make_method
 from graftlm.methods.base import Method
 from graftlm.models import check_context, check_vocabulary, load_model, load_skeleton, load_tokenizer
 from graftlm.parts import count_parameters
+from graftlm.reporting import figures
 from graftlm.reporting.report import make_report
 from graftlm.reporting.table import print_summary
 from graftlm.sharding import shard_model
@@ -27,7 +28,7 @@ from graftlm.training.control import run_control
 from graftlm.training.data import PreparedData, prepare_data
 from graftlm.training.distributed import agree, is_main, on_main, sharing_errors, taking_turns
 from graftlm.training.estimates import remedies
-from graftlm.training.finishing import Activations, finish, mean_activations
+from graftlm.training.finishing import Activations, finish, mean_activations, renew_card
 from graftlm.training.metrics import Display, MetricsLog
 from graftlm.training.plan import compare_plan, estimate
 from graftlm.training.run_folder import alone_in, check_same_config, check_same_data, open_folder
@@ -66,6 +67,8 @@ def _train_with_control(config: RunConfig, run: Path, resume: bool) -> None:
     if config.control and summary.get("control") is None:
         with _other_processes(run):
             summary["control"] = run_control(config, [stage["step"] for stage in summary["stages"]], resume=resume)
+        # The card first: a kill in between then leaves both to be done again.
+        on_main(lambda: renew_card(summary, config, run / "model"))
         on_main(lambda: write_json(finished, summary))
     if is_main():
         make_report(run)
@@ -113,7 +116,8 @@ def _train_one(config: RunConfig, *, resume: bool, lean: bool = False) -> dict[s
         check_vocabulary(model, tokenizer)
         too_long = check_context(model, config.max_length)
     from_first = any(distributed.gathered(next(model.parameters()).is_meta))
-    display = Display("control" if run.name == "control" else config.method, Console(stderr=True, quiet=not is_main()))
+    title = "control" if run.name == "control" else figures.method_name(config.method)
+    display = Display(title, Console(stderr=True, quiet=not is_main()))
     _tell_data(display, data)
     planned = None
     with sharing_errors():

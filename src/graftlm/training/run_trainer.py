@@ -204,7 +204,8 @@ class RunTrainer(ApexTrainer):
         loss = self.evaluate_now("after_fusion", self._unsplit)
         self.stages[-1]["eval_loss_after_fusion"] = loss
         self._begin_stage(loss)
-        self.display.say(f"stage {self.apex.clock.stage + 1} of {self.apex.config.stages} begins")
+        stage, after = self.apex.clock.stage + 1, self.state.global_step
+        self.display.say(f"stage {stage} of {self.apex.config.stages} begins after step {after}")
         self.control.should_save = True
 
     def end_stage(self, when: str) -> float | None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.reporting.layers import plot_shares
-from graftlm.reporting.style import BEFORE, CONTROL, colours, count_axis, dashes, figure, legend, save, style
+from graftlm.reporting.style import BEFORE, CONTROL, colours, count_axis, figure, legend, lines, log_axis, save, style
 
 
 def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
@@ -36,7 +36,7 @@ def _perplexity(summary: dict[str, Any], text: str, path: Path) -> Path | None:
         return None
     names = list(dict.fromkeys(row["name"] for row in rows))
     colour = _palette(summary)
-    dashed = dashes(colour)
+    look = lines({name: colour[name] for name in names})
     made = figure(
         f"Word perplexity on {text} against parameters",
         note=f"{summary['measured']}. Small dots are trials, lines go through their geometric means; lower and further "
@@ -49,16 +49,16 @@ def _perplexity(summary: dict[str, Any], text: str, path: Path) -> Path | None:
         own = [row for row in rows if row["name"] == name]
         points = sorted((row["parameters"]["mean"], row["perplexity"][text]["word"]["mean"]) for row in own) + start
         label = name + (" (control)" if name == summary["control"] else "")
-        line: dict[str, Any] = {"color": colour[name], "linestyle": dashed[name], "linewidth": 1.8}
-        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=5, label=label, **line)
+        line = {**look[name], "label": label}
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=5, **line)
         for row in own:
             for seed, value in row["perplexity"][text]["word"]["by_seed"].items():
                 count = row["parameters"]["by_seed"][seed]
                 axes.plot([count], [value], "o", color=colour[name], markersize=3, alpha=0.5)
     if original:
         axes.plot(*start[0], "*", color=BEFORE, markersize=13, label="original", zorder=5)
-    axes.set_yscale("log")
-    style(axes, xlabel="parameters, embeddings included", ylabel="word perplexity (log)")
+    scale = " (log)" if log_axis(axes.yaxis) else ""
+    style(axes, xlabel="parameters, embeddings included", ylabel=f"word perplexity{scale}")
     count_axis(axes)
     legend(made, axes)
     return save(made, path)

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from graftlm.comparing.tables import Table
+from graftlm.comparing.tables import Table, without_empty
 from graftlm.reporting import figures
 
 Row = dict[str, Any]
@@ -19,7 +19,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     made.append(_costs(rows))
     if any(row["tasks"] for row in rows):
         made.append(_tasks(summary))
-    return made
+    return [without_empty(table) for table in made]
 
 
 def perplexity(value: Any) -> str:
@@ -80,7 +80,8 @@ def _perplexity(summary: dict[str, Any], text: str) -> Table:
         "perplexity over that of the control of the same size and seed, geometric mean; intervals are those of the "
         "difference in nats a word. Claims rest on the t interval: the bootstrap's is too narrow for few trials."
     )
-    return Table(f"Perplexity on {text}", header, tuple(rows), note)
+    narrow = ("size", "variant", "parameters", "word perplexity", "times control", "95% interval (t)", "shown")
+    return Table(f"Perplexity on {text}", header, tuple(rows), note, narrow)
 
 
 def _costs(rows: Sequence[Row]) -> Table:

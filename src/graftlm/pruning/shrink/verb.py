@@ -21,7 +21,7 @@ def add_verb(verb: Callable[..., Any]) -> None:
         "graftlm eval OUTPUT_DIR/model --perplexity FILE --out FILE.json",
     )
     settings = "a YAML file, then settings that override it, e.g. interleaves=10 train.learning_rate=1e-4"
-    parser.add_argument("settings", nargs="+", metavar="CONFIG.yaml key=value", help=settings)
+    parser.add_argument("settings", nargs="+", metavar="CONFIG.yaml [key=value ...]", help=settings)
     parser.add_argument("--dry-run", action="store_true", help="only say the phases' sizes and what they would take")
 
 

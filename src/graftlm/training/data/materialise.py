@@ -136,12 +136,13 @@ def _cached(
 def _with_progress(
     blocks: Iterator[tuple[bool, Block]], source: SourceConfig, progress: bool
 ) -> Iterator[tuple[bool, Block]]:
+    console = Console(stderr=True)
     bar = Progress(
         SpinnerColumn(),
         TextColumn("tokenising {task.description}: {task.completed:,.0f} tokens, {task.fields[rate]:,.0f} tokens/s"),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=not progress,
+        console=console,
+        disable=not (progress and console.is_terminal),  # else its last line lands in the file
     )
     with bar:
         task = bar.add_task(source.path, total=None, rate=0.0)

@@ -30,7 +30,7 @@ def show_data(
     for number, item in enumerate(itertools.islice(_items(data), count), start=1):
         supervised = int((np.asarray(item["labels"]) != IGNORE).sum())
         out.rule(f"block {number}: {len(item['input_ids'])} tokens, {supervised} supervised", style=NOTE)
-        out.print(decoded(item, tokenizer, marks=out.color_system is None), soft_wrap=True)
+        out.print(decoded(item, tokenizer, marks=out.color_system is None or out.no_color), soft_wrap=True)
     out.rule(style=NOTE)
     out.print(statistics_table(data.statistics))
     for note in data.statistics.notes:
