@@ -1,9 +1,11 @@
 """ReLoRA: merges raise the rank, forget the optimizer's state, and make the schedule jagged."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
+from sparse_loop import ademamix
 from test_methods import interrupted
 from tiny_models import batches, tiny_model
 from tiny_runs import assert_same_run, model_with_dropout, read_metrics, tiny_config
@@ -111,6 +113,25 @@ def test_a_step_after_a_merge_is_no_larger_than_adams(by, share):
     train(made, optimizer, 5, 5)
     steps = [(p.detach() - old).abs().max() for p, old in zip(optimizer.param_groups[0]["params"], before, strict=True)]
     assert max(steps) <= 3.3e-2  # at a rate of 1e-2
+
+
+@pytest.mark.parametrize("by", ["magnitude", "random"])
+@pytest.mark.parametrize("paged", [False, True])
+def test_moments_that_lie_in_one_tensor_are_pruned_too(by, paged):
+    """AdEMAMix's two first ones: the same entries of both and of the second moment, so that no step is large."""
+    made, optimizer = begun(
+        interval=4, prune=0.9, prune_by=by, lora={"rank": 8}, optimizer=functools.partial(ademamix, paged=paged)
+    )
+    train(made, optimizer, 1, 4)
+    for state in optimizer.state.values():
+        gone = state["state2"] == 0
+        assert float(gone.float().mean()) == pytest.approx(0.9, abs=0.01)
+        assert all(torch.equal(moment == 0, gone) for moment in state["state1"])
+    for step in (5, 6):  # A has no gradient in the first of them
+        before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+        train(made, optimizer, step, step)
+        pairs = zip(optimizer.param_groups[0]["params"], before, strict=True)
+        assert max((p.detach() - old).abs().max() for p, old in pairs) <= 8e-2  # at a rate of 1e-2, and alpha is 5
 
 
 def test_resetting_forgets_everything():

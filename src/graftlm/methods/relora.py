@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from graftlm.errors import UserError
 from graftlm.methods.adapter_settings import ReloraSettings
 from graftlm.methods.adapters import ADAPTER, Adapters
+from graftlm.moments import moments_of
 from graftlm.training.config import RunConfig
 
 
@@ -100,9 +101,9 @@ class ReLora(Adapters):
         share = self.relora.prune
         if share == 1:
             self._optimizer.state.pop(parameter, None)
-        state = self._optimizer.state.get(parameter, {}).values() if share else ()
-        moments = [v.view(-1) for v in state if isinstance(v, Tensor) and v.shape == parameter.shape]
-        if moments:  # Adam's first moment is the first
+        state = self._optimizer.state.get(parameter, {}) if share else {}
+        moments = [moment.view(-1) for moment in moments_of(state, parameter)]
+        if moments:
             score = moments[0].abs() if self.relora.prune_by == "magnitude" else torch.rand_like(moments[0])
             gone = score.topk(round(share * score.numel()), largest=False).indices
             for moment in moments:
