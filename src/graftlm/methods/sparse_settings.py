@@ -140,7 +140,8 @@ class ReweightingSettings:
     """none: every token counts alike. linupper: samples of low loss count less. quadratic: samples of low and of high
     loss count less. extremes: these count more."""
     r: float = 1.0
-    """How flat the weights are: exp(score / r), divided by their sum (the authors' code: 1)."""
+    """How flat the weights are: exp(score / r), divided by their sum (the authors' code: 1); near 0, only samples of the
+    highest score count."""
     warmup_ratio: float = 0.05
     """Share of the run's steps before weights begin (the authors' code: 5%); until then samples count alike."""
 
