@@ -153,8 +153,8 @@ def test_eva_stays_within_a_budget(heads, budget):
 
 
 def test_eva_does_not_look_for_ever(monkeypatch):
-    monkeypatch.setattr(eva, "PASSES", 3)
-    with pytest.raises(UserError, match=r"^lora\.eva_tau: .* after 3 passes over lora\.samples: 6; lower it, or raise"):
+    monkeypatch.setattr(eva, "LOOKS", 5)
+    with pytest.raises(UserError, match=r"^lora\.eva_tau: .* after 30 looks at the batches of lora\.samples: 6; lower"):
         prepared("eva", seen=batches(3, rows=8), eva_tau=1 - 1e-9)
 
 

@@ -63,17 +63,18 @@ class ReloraSettings:
     """ReLoRA: LoRA that is merged and begun anew again and again (`lora:` sets the adapters)."""
 
     interval: float = 0.25
-    """Optimizer steps between merges; below 1: a share of the run's steps. The paper: 5,000 of 20,000 steps."""
+    """Optimizer steps between merges; below 1: a share of the run's steps. The paper: 5,000 of 20,000 steps. As long
+    as the run: no merge, which is lora."""
     warmup: float = 0.01
-    """Steps over which the learning rate climbs again after a merge; below 1: a share of the run's steps. The paper: 50
-    to 100 steps."""
+    """Steps over which the learning rate climbs again after a merge; below 1: a share of the run's steps. At most
+    `interval`. The paper: 50 to 100 steps."""
     prune: float = 0.99
     """Share of the adapters' optimizer state that a merge sets to zero; 1 forgets all of it, 0 keeps it."""
     prune_by: Literal["magnitude", "random"] = "magnitude"
     """Which entries: the smallest, or any."""
     warm_start: float = 0.0
-    """Steps at the beginning that train all weights, before the first adapters; below 1: a share of the run's steps.
-    The paper: 5,000 of 20,000 steps, since it trains from nothing; 0: none."""
+    """Steps at the beginning that train all weights, before the first adapters; below 1: a share of the run's steps. At
+    most all but one. The paper: 5,000 of 20,000 steps, since it trains from nothing; 0: none."""
 
     def __post_init__(self) -> None:
         if self.interval <= 0:

@@ -21,9 +21,10 @@ from graftlm.methods.base import Batches
 
 PREFIX = "base_model.model."
 """Before a layer's name in PEFT's state."""
-PASSES = 100
-"""Most passes over the data seen until the vectors stand still: with 3 batches of a tiny model, a cosine of 0.99 takes
-7 and one of 0.9999 57; one that rounding never lets be reached would take for ever."""
+LOOKS = 2000
+"""Batches looked at, the same ones again and again, until the vectors must stand still (or ten times all of them, if
+that is more): two batches of a tiny model took 250 for a cosine of 0.99. One that rounding keeps out of reach, or NaN,
+would take for ever."""
 
 
 class Eva(Adapters):
@@ -64,10 +65,10 @@ class Eva(Adapters):
 
         def forward(model: Any, batch: Mapping[str, Tensor]) -> None:
             nonlocal forwards
-            if forwards > PASSES * len(seen):  # PEFT looks at one batch before it begins
+            if forwards >= (most := max(LOOKS, 10 * len(seen))):
                 raise UserError(
-                    f"lora.eva_tau: singular vectors are not as still as {self.settings.eva_tau:g} after {PASSES} "
-                    f"passes over lora.samples: {self.settings.samples}; lower it, or raise lora.samples"
+                    f"lora.eva_tau: singular vectors are not as still as {self.settings.eva_tau:g} after {most:,} "
+                    f"looks at the batches of lora.samples: {self.settings.samples}; lower it, or raise lora.samples"
                 )
             forwards += 1
             model(**batch)
