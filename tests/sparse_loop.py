@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable
 
+import pytest
 import torch
 from tiny_models import batches
 
@@ -15,6 +16,12 @@ ADAM = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 def run_config(method: str, **changes) -> RunConfig:
     return RunConfig(model="tiny-llama", data=(SourceConfig("none.txt"),), method=method, **changes)
+
+
+def ademamix(parameters, *, paged: bool = False, **options):
+    """Whose two first moments of a parameter are one tensor."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    return bitsandbytes.optim.AdEMAMix(parameters, is_paged=paged, **{"betas": (0.9, 0.95, 0.9999), **options})
 
 
 def look_at(count: int = 3) -> Callable[[int], Iterable]:

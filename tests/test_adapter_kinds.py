@@ -9,6 +9,7 @@ from tiny_models import batches, tiny_model
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from graftlm.errors import UserError
+from graftlm.methods import eva
 from graftlm.methods.adapters import ADAPTER, targets
 from graftlm.methods.lora_ga import LoraGa
 from graftlm.methods.sparse_settings import LiftSettings
@@ -120,6 +121,41 @@ def test_eva_gives_ranks_to_what_is_explained_best():
     assert len(ranks) == 14 and sum(ranks) == 14 * RANK
     assert len(set(ranks)) > 1 and max(ranks) <= 2 * RANK
     assert {layer.scaling[ADAPTER] for _, layer in layers_of(made)} == {1 / RANK}
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("budget", [0.105, 0.115, 0.17])
+def test_eva_stays_within_a_budget(heads, budget):
+    """Ranks move to layers that are wider or narrower; of the former, those that explain least are left out."""
+
+    def model():
+        return tiny_model(num_key_value_heads=heads)
+
+    seen = batches(3, rows=8)
+    limit = budget * sum(p.numel() for p in model().parameters())
+    free = prepared("eva", model(), seen, rank=prepared("eva", model(), budget=budget).rank, eva_rho=2.0, eva_tau=0.5)
+    made = prepared("eva", model(), seen, budget=budget, eva_rho=2.0, eva_tau=0.5)
+    assert made.trainable <= limit
+    ranks, freely = made.state_dict(), free.state_dict()
+    assert made.left_out == sum(int(freely[name] - rank) for name, rank in ranks.items())
+    if free.trainable > limit:
+        dearest = max(sum(widths) for widths in made.widths)
+        assert made.left_out and made.trainable > limit - dearest  # no more than needed
+        assert any("singular vectors" in note for note in made.notes)
+        again = prepared("eva", model(), budget=budget, eva_rho=2.0)
+        again.load_state_dict(ranks)
+        assert again.trainable == made.trainable and again.left_out == made.left_out
+    else:
+        assert not made.left_out
+    for name, layer in layers_of(made):  # the leading vectors stay
+        a, b = layer.lora_A[ADAPTER].weight, dict(layers_of(free))[name].lora_A[ADAPTER].weight
+        assert torch.equal(a, b[: len(a)])
+
+
+def test_eva_does_not_look_for_ever(monkeypatch):
+    monkeypatch.setattr(eva, "LOOKS", 5)
+    with pytest.raises(UserError, match=r"^lora\.eva_tau: .* after 30 looks at the batches of lora\.samples: 6; lower"):
+        prepared("eva", seen=batches(3, rows=8), eva_tau=1 - 1e-9)
 
 
 def test_eva_needs_as_many_tokens_as_ranks():

@@ -246,6 +246,11 @@ def test_a_budget_picks_the_highest_rank_below_it(share, method, target):
         assert made.trainable == made.size(made.rank)
 
 
+def linears_of(model) -> list[torch.nn.Linear]:
+    """All of the decoder layers."""
+    return [model.get_submodule(name) for name in targets(model, "all")]
+
+
 @pytest.mark.parametrize(
     ("method", "lora", "words"),
     [
@@ -256,17 +261,25 @@ def test_a_budget_picks_the_highest_rank_below_it(share, method, target):
         ("lora", {"budget": 1e-6}, "lora.budget: 1e-06 of"),
         ("miss", {"rank": 2, "alpha": 4.0}, "lora.alpha: method miss has none"),
         ("miss", {"rank": 25}, "lora.rank: 25 is above 24"),
+        ("pissa", {"budget": 0.9}, "lora.budget: 0.9 gives rank {rank}, which is above 16, the width"),
+        ("miss", {"budget": 0.9}, "lora.budget: 0.9 gives rank {rank}, which is above 24, the width"),
+        ("lora_ga", {"budget": 0.9}, "lora.budget: 0.9 gives rank {rank}, which is above 8: lora_ga"),
+        ("eva", {"budget": 0.9}, "lora.budget: 0.9 gives rank {rank}, which times lora.eva_rho: 2 is above 24"),
     ],
 )
 def test_what_is_refused(method, lora, words):
     given = RunConfig(model="m", data=(SourceConfig("x"),), method=method, lora=LoraSettings(**lora))
     with pytest.raises(UserError) as caught:
         make_method(tiny_model(), given).prepare()
+    total = sum(p.numel() for p in tiny_model().parameters())
+    of_one = sum((m.in_features if method != "miss" else 0) + m.out_features for m in linears_of(tiny_model()))
+    words = words.format(rank=int(0.9 * total / of_one))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [{"rank": 0}, {"budget": 1.0}, {"alpha": 0.0}, {"dropout": 1.0}, {"eva_rho": 0.5},
-                                 {"samples": 0}, {"svd_iterations": 0}, {"eva_tau": 2.0}])  # fmt: skip
+                                 {"samples": 0}, {"svd_iterations": 0}, {"eva_tau": 1.0},
+                                 {"eva_tau": 0.0}])  # fmt: skip
 def test_settings_are_checked(bad):
     with pytest.raises(UserError, match=f"^lora.{next(iter(bad))}: "):
         LoraSettings(**bad)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sparse_loop import assert_close, begun, masked_training, plain_copy, run_config, train, weights
+from sparse_loop import ademamix, assert_close, begun, masked_training, plain_copy, run_config, train, weights
 from tiny_models import FAMILIES, batches, tiny_model
 from torch import nn
 
@@ -123,6 +123,30 @@ def test_another_choice_takes_state_and_values_along(dtype):
     assert torch.equal(now["values"][come], weight.flatten()[come].float())
     assert not now["exp_avg"][come].any() and not now["exp_avg_sq"][come].any()
     assert torch.equal(method._layer(name).weight, weight)
+
+
+def test_moments_that_lie_in_one_tensor_move_too():
+    """AdEMAMix's two first ones."""
+    settings = LiftSettings(share=0.3, rank=2, interval=0)
+    method, optimizer = begun(tiny_model(), "lift", lift=settings, optimizer=ademamix, options={"lr": 0.05})
+    train(method, optimizer, batches(2))
+    entries, weight = method._entries(method.layers[0]), method._layer(method.layers[0]).weight
+    state = optimizer.state[entries.values]
+
+    def dense() -> torch.Tensor:
+        """All three moments, each entry at its place in the matrix; NaN where nothing trains."""
+        found = torch.full((3, weight.numel()), float("nan"))
+        found[:, entries.index.long()] = torch.stack([*state["state1"], state["state2"]])
+        return found
+
+    before, mask = dense(), torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[: len(entries.index)] = True
+    entries.choose(weight, mask.view_as(weight), state)
+    after = dense()
+    old, new = ~before[0].isnan(), ~after[0].isnan()
+    assert torch.equal(new, mask) and (old & new).any() and (new & ~old).any()
+    assert before[:, old & new].all() and torch.equal(after[:, old & new], before[:, old & new])
+    assert not after[:, new & ~old].any()
 
 
 def test_the_fast_svd_comes_near():

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from graftlm.errors import UserError
 from graftlm.methods import METHODS, make_method
 from graftlm.methods.adapter_settings import LoraSettings, ReloraSettings
+from graftlm.methods.sparse_settings import HftSettings
 from graftlm.models import load_model
 from graftlm.training import costs
 from graftlm.training.config import RunConfig, SourceConfig
@@ -148,6 +149,18 @@ def test_a_warm_start_needs_everything():
     a, b = (estimate(g, model, 8) for g in (given, warm))
     assert a["trainable_parameters"] == b["trainable_parameters"]
     assert b["memory"]["optimizer state"] > 5 * a["memory"]["optimizer state"]
+
+
+def test_a_plan_says_when_things_happen():
+    model, given = load_model("tiny-llama"), config("relora")
+    assert "adapters are merged 2 times, after every 2 steps" in prepared(given, model, 6).notes[-1]
+    assert not any("merged 2" in note for note in prepared(given, model, None).notes)  # nobody knows how long it is
+    rounds = dataclasses.replace(given, method="hft", hft=HftSettings(round_steps=2))
+    assert prepared(rounds, model, 6).notes[-1].endswith("in 3 rounds")
+    late = dataclasses.replace(given, relora=ReloraSettings(warm_start=5_000))
+    with pytest.raises(UserError, match=r"^relora\.warm_start: 5000 of the run's 6 steps"):
+        estimate(late, model, 8)
+    assert prepared(late, model, None) is not None
 
 
 def test_a_plan_refuses_what_a_run_would():

@@ -1,13 +1,18 @@
 """ReLoRA: merges raise the rank, forget the optimizer's state, and make the schedule jagged."""
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 
 import pytest
 import torch
+from sparse_loop import ademamix
 from test_methods import interrupted
 from tiny_models import batches, tiny_model
 from tiny_runs import assert_same_run, model_with_dropout, read_metrics, tiny_config
 
+from graftlm.comparing.pilot import plan_pilot
 from graftlm.errors import UserError
 from graftlm.methods.adapter_settings import LoraSettings, ReloraSettings
 from graftlm.methods.adapters import ADAPTER, targets
@@ -26,6 +31,7 @@ def begun(total: int = 12, optimizer=torch.optim.AdamW, lora=None, **relora):
     made = ReLora(tiny_model(), given)
     made.prepare()
     made_optimizer = optimizer([p for p in made.model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    made.check_steps(total)
     made.start(made_optimizer, total)
     return made, made_optimizer
 
@@ -113,6 +119,25 @@ def test_a_step_after_a_merge_is_no_larger_than_adams(by, share):
     assert max(steps) <= 3.3e-2  # at a rate of 1e-2
 
 
+@pytest.mark.parametrize("by", ["magnitude", "random"])
+@pytest.mark.parametrize("paged", [False, True])
+def test_moments_that_lie_in_one_tensor_are_pruned_too(by, paged):
+    """AdEMAMix's two first ones: the same entries of both and of the second moment, so that no step is large."""
+    made, optimizer = begun(
+        interval=4, prune=0.9, prune_by=by, lora={"rank": 8}, optimizer=functools.partial(ademamix, paged=paged)
+    )
+    train(made, optimizer, 1, 4)
+    for state in optimizer.state.values():
+        gone = state["state2"] == 0
+        assert float(gone.float().mean()) == pytest.approx(0.9, abs=0.01)
+        assert all(torch.equal(moment == 0, gone) for moment in state["state1"])
+    for step in (5, 6):  # A has no gradient in the first of them
+        before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+        train(made, optimizer, step, step)
+        pairs = zip(optimizer.param_groups[0]["params"], before, strict=True)
+        assert max((p.detach() - old).abs().max() for p, old in pairs) <= 8e-2  # at a rate of 1e-2, and alpha is 5
+
+
 def test_resetting_forgets_everything():
     made, optimizer = begun(interval=4, prune=1.0)
     train(made, optimizer, 1, 3)
@@ -137,6 +162,63 @@ def test_the_schedule_is_jagged():
     made, _ = begun(total=20, interval=0.25, warmup=0.2, warm_start=0.25)
     assert made.merges == [10, 15] and (made.warm, made.warmup) == (5, 4)
     assert [made.rate_factor(step) for step in range(5, 11)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"interval": 4}, "merged 2 times, after every 4 steps from 4 on, and at the end"),
+        ({"interval": 0.5}, "merged after step 6, and at the end"),
+        ({"interval": 5, "warm_start": 3}, "merged after step 8, and at the end"),
+        ({"interval": 5_000}, "no merge before the end of the run's 12 steps: adapters train as lora's do"),
+    ],
+)
+def test_the_notes_say_when_merges_happen(changes, told):
+    made, _ = begun(total=12, **changes)
+    assert told in made.notes[-1]
+
+
+@pytest.mark.parametrize("start", [12, 5_000])
+def test_a_warm_start_that_is_the_whole_run_says_so(start):
+    with pytest.raises(
+        UserError, match=rf"^relora\.warm_start: {start} of the run's 12 steps leave none to adapters; "
+    ):
+        begun(total=12, warm_start=start)
+    for less in (11, 0.99):  # a share of the run is not all of it
+        made, _ = begun(total=12, warm_start=less)
+        assert made.warm == 11 and made.merges == []
+
+
+def test_what_a_run_takes_a_pilot_takes(tmp_path):
+    """Its spans are rounded, each by itself."""
+    made, optimizer = begun()
+    spans = {"interval": (1, 30, 299.5, 8_999, 0.0033, 0.25), "warmup": (0, 1, 29.6, 300, 0.0033, 0.25),
+             "warm_start": (0, 1, 8_999, 0.9999)}  # fmt: skip
+    tried = 0
+    for values in itertools.product(*spans.values()):
+        settings = ReloraSettings(**dict(zip(spans, values, strict=True)))
+        with contextlib.suppress(UserError):
+            made.relora = settings
+            made.check_steps(9_000)
+            plan = plan_pilot(tiny_config(tmp_path, max_steps=9_000, method="relora", relora=settings), 9_000)
+            made.relora, tried = plan.config.relora, tried + 1
+            try:
+                made.check_steps(plan.steps)
+                made.start(optimizer, plan.steps)
+            except UserError as error:
+                raise AssertionError(settings) from error
+    assert tried > 60
+
+
+def test_a_warmup_longer_than_the_interval_says_so():
+    for warmup, interval in ((100, 2), (3, 2), (0.5, 0.25), (0.5, 3)):
+        with pytest.raises(UserError, match=r"^relora\.warmup: \d+ of the run's 12 steps are more than the \d between"):
+            begun(total=12, interval=interval, warmup=warmup)
+    # As long as it is; a pilot rounds numbers and shares apart; a share of no step.
+    for warmup, interval in ((4, 4), (0.25, 0.25), (3, 0.2), (1, 0.01), (0.01, 0.01)):
+        made, _ = begun(total=12, interval=interval, warmup=warmup)
+        assert 0 <= made.warmup <= made.merges[0]
+        assert not made.warmup or max(made.rate_factor(step) for step in range(made.merges[0], 12)) == 1.0
 
 
 def test_a_warm_start_trains_all_weights_first():

@@ -1,9 +1,11 @@
 """Loss-based weights of samples."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import batches, tiny_model
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from graftlm.errors import UserError
 from graftlm.methods.sparse_settings import ReweightingSettings
 from graftlm.samples import find_samples
+from graftlm.training import reweighting
 from graftlm.training.control import control_config
 from graftlm.training.reweighting import Reweighting, sample_losses, weights_of
 from graftlm.training.run import train_one
@@ -31,7 +34,7 @@ def slow_weights(losses: list[float], strategy: str, r: float) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.float64).softmax(0)
 
 
-@given(st.lists(st.floats(0.1, 9), min_size=2, max_size=6), st.sampled_from(STRATEGIES), st.floats(0.05, 10))
+@given(st.lists(st.floats(0.1, 9), min_size=2, max_size=6), st.sampled_from(STRATEGIES), st.floats(1e-3, 10))
 @settings(max_examples=50, deadline=None)
 def test_weights(losses, strategy, r):
     if max(losses) - min(losses) < 1e-3:
@@ -49,6 +52,44 @@ def test_what_has_no_supervised_token_has_no_weight():
     assert found[1] == 0 and float(found.sum()) == pytest.approx(1)
     assert found[2] > found[0]
     assert not weights_of(torch.zeros(2), torch.zeros(2), "linupper", 1.0).any()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("losses", [[3.0, 2.0], [2.5], [1.0, 1.0, 1.0]])
+def test_however_small_r_is_weights_sum_to_one(losses, strategy):
+    """The highest score of a micro-batch may be far below 1: of two samples, `quadratic` gives both 0."""
+    found = weights_of(torch.tensor(losses), torch.ones(len(losses)), strategy, 1e-3)
+    assert float(found.sum()) == pytest.approx(1)
+    if strategy != "linupper":
+        assert torch.allclose(found, torch.full_like(found, 1 / len(losses)))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_weights_are_over_all_processes(strategy, monkeypatch):
+    """Of which the last has nothing that counts; threads stand for them."""
+    losses, r = [[2.0, 3.0], [2.2], [9.0]], 0.004
+    barrier, given, found = threading.Barrier(3, timeout=60), {}, {}
+
+    def all_reduce(value, op=dist.ReduceOp.SUM):
+        given[threading.get_ident()] = value.clone()
+        barrier.wait()
+        together = torch.stack(list(given.values()))
+        barrier.wait()
+        value.copy_(together.amax(0) if op == dist.ReduceOp.MAX else together.sum(0))
+
+    def process(rank: int) -> None:
+        own = torch.tensor(losses[rank], dtype=torch.float64)
+        found[rank] = weights_of(own, torch.full_like(own, float(rank < 2)), strategy, r)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(reweighting, "world_size", lambda: 3)
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert torch.allclose(torch.cat([found[0], found[1]]), slow_weights([2.0, 3.0, 2.2], strategy, r))
+    assert not found[2].any()
 
 
 def test_losses_of_packed_documents():

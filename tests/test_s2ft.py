@@ -88,6 +88,32 @@ def test_more_than_there_are_says_so(changes, words):
         make_method(tiny_model(), run_config("s2ft", s2ft=S2ftSettings(**changes)))
 
 
+@pytest.mark.parametrize("trains", ["output", "coupled"])
+@pytest.mark.parametrize("kind, number", [("heads", 0), ("heads", 1), ("channels", 0), ("channels", 3)])
+def test_beside_a_number_the_other_kind_gets_the_rest(kind, number, trains):
+    """As many as fit, one more would not; or all there are."""
+    model = tiny_model(intermediate_size=96)
+    total, other = sum(p.numel() for p in model.parameters()), "channels" if kind == "heads" else "heads"
+    everything = make_method(model, run_config("s2ft", s2ft=S2ftSettings(heads=2, channels=96, trains=trains)))
+    for budget in (0.06, 0.15, 0.8 * everything.trainable / total):
+        made = make_method(model, run_config("s2ft", s2ft=S2ftSettings(budget, **{kind: number}, trains=trains)))
+        assert made.counts[kind] == number and made.trainable <= budget * total
+        more = make_method(model, made.resolved())
+        more.counts = {kind: number, other: made.counts[other] + 1}
+        at_most = {"channels": 96, "heads": 2 if trains == "coupled" else 4}[other]
+        assert made.counts[other] == at_most or more.trainable > budget * total
+        assert made.counts[other] <= at_most and sum(made.counts.values()) > 0
+
+
+def test_a_number_alone_above_the_budget_says_so():
+    for given in ({"heads": 4}, {"channels": 20}):
+        (kind,) = given
+        with pytest.raises(UserError, match=rf"^s2ft\.budget: 0.024 .* less than s2ft\.{kind}: \d+ takes \(0\.\d+\); "):
+            make_method(tiny_model(), run_config("s2ft", s2ft=S2ftSettings(**given)))
+    both = make_method(tiny_model(), run_config("s2ft", s2ft=S2ftSettings(heads=4, channels=20)))  # no budget is used
+    assert both.counts == {"heads": 4, "channels": 20}
+
+
 @pytest.mark.parametrize("choose_by", ["random", "activation"])
 def test_heads_train_where_all_share_one_key_value_head(choose_by):
     model = tiny_model(num_key_value_heads=1)

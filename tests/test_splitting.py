@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_loop import ademamix
 from tiny_loop import QUARTER, REPEATED, begun, copied, same, train
 from tiny_models import FAMILIES, batches, tiny_model
 
@@ -209,9 +210,10 @@ def test_processes_get_their_own_batches_back(monkeypatch):
         assert seen == ([[0, 1], [10, 11], [20, 21]] if world == 3 else [[0, 20, 11], [10, 1, 21]])
 
 
-def test_moments_follow_the_copies():
+@pytest.mark.parametrize("made_by", [torch.optim.AdamW, ademamix])
+def test_moments_follow_the_copies(made_by):
     model = tiny_model("qwen2")  # which has biases on values
-    apex, optimizer = begun(model, start="split", split_tolerance=10.0, stages=1)
+    apex, optimizer = begun(model, start="split", split_tolerance=10.0, stages=1, optimizer=made_by)
     train(apex, optimizer, REPEATED[:2])
     for block in apex.anatomy.blocks:
         choice = apex.choices[block.name]
@@ -221,9 +223,11 @@ def test_moments_follow_the_copies():
             for parameter in linear(model, matrix.module).parameters():
                 if parameter.dim() <= matrix.dim:
                     continue  # a bias of columns is of no component
-                moment = optimizer.state[parameter]["exp_avg"]
-                copies, originals = (moment.index_select(matrix.dim, places) for places in (n, p))
-                assert copies.abs().sum() > 0 and torch.equal(copies, originals)
+                state = optimizer.state[parameter]
+                # AdEMAMix has its two first moments in one tensor
+                for moment in [state["exp_avg"]] if "exp_avg" in state else [*state["state1"], state["state2"]]:
+                    copies, originals = (moment.index_select(matrix.dim, places) for places in (n, p))
+                    assert copies.abs().sum() > 0 and torch.equal(copies, originals)
 
 
 def test_it_goes_on_from_a_checkpoint():

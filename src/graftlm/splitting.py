@@ -17,6 +17,7 @@ from graftlm.anatomy import Anatomy, Block, Kind
 from graftlm.held_out import mean_loss
 from graftlm.importance import with_labels
 from graftlm.masking import masked
+from graftlm.moments import moments_of
 from graftlm.panels import Place
 from graftlm.parts import Part, parts_in
 
@@ -42,7 +43,8 @@ def split(
     for matrix in (*block.mixed, *block.followers):
         for part in parts_in(model, matrix):
             n, p = _places(part, choice)
-            for moment in _moments(part.parameter, optimizer):
+            state = optimizer.state.get(part.parameter, {}) if optimizer is not None else {}
+            for moment in moments_of(state, part.parameter):
                 n.put_(moment, p.take(moment))
             strong = p.take(part.parameter)  # [slots, k, other]
             if matrix.dim == 0:
@@ -58,12 +60,6 @@ def _places(part: Part, choice: Choice) -> tuple[Place, Place]:
     matrix, device = part.matrix, part.parameter.device
     n, p = (matrix.index(c).to(device) for c in (choice.disadvantageous, choice.advantageous))
     return Place(n, matrix.dim, matrix.width), Place(p, matrix.dim, matrix.width)
-
-
-def _moments(parameter: Tensor, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
-    """What the optimizer keeps of every entry of `parameter`."""
-    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-    return [m for m in state.values() if torch.is_tensor(m) and m.shape == parameter.shape]
 
 
 def activity(block: Block, choice: Choice, activations: Tensor) -> float:

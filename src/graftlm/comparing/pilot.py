@@ -111,6 +111,8 @@ def _intervals(config: RunConfig, steps: int, scale: float) -> dict[str, Any]:
     if config.method == "relora":  # below 1 they are shares of the run
         spans = {name: value for name in ("interval", "warmup", "warm_start") if (value := getattr(relora, name)) >= 1}
         changes: dict[str, Any] = {name: scaled(value) for name, value in spans.items()}
+        if relora.warm_start * scale < steps <= changes.get("warm_start", 0):
+            changes["warm_start"] = steps - 1  # adapters train in the run, so they do here
         return {"relora": dataclasses.replace(relora, **changes)}
     if config.method == "hft" and hft.round_steps is not None:
         return {"hft": dataclasses.replace(hft, round_steps=scaled(hft.round_steps))}

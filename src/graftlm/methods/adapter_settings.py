@@ -29,9 +29,10 @@ class LoraSettings:
     svd_iterations: int | None = None
     """pissa: subspace iterations of a fast, randomised SVD; None: the exact SVD."""
     eva_rho: float = 2.0
-    """eva: a layer's rank may be up to rho times `rank`, others' are lower by as much; 1: all ranks alike."""
+    """eva: a layer's rank may be up to rho times `rank`, others' are lower by as much; 1: all ranks alike. Where the
+    ranks would be more than `budget`, those that explain least are left out."""
     eva_tau: float = 0.99
-    """eva: a layer has been seen enough when the cosine between successive singular vectors is so high."""
+    """eva: a layer has been seen enough when the cosine between successive singular vectors is so high; below 1."""
     lora_ga_direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
     """lora_ga: which singular vectors of the gradient A and B get."""
     lora_ga_scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
@@ -53,8 +54,8 @@ class LoraSettings:
             raise UserError(f"lora.svd_iterations: {self.svd_iterations} must be at least 1, or null for the exact SVD")
         if self.eva_rho < 1:
             raise UserError(f"lora.eva_rho: {self.eva_rho} must be at least 1, which gives every layer the same rank")
-        if not 0 <= self.eva_tau <= 1:
-            raise UserError(f"lora.eva_tau: {self.eva_tau} must be in [0, 1]")
+        if not 0 < self.eva_tau < 1:  # of two vectors that are the same, rounding may leave less than 1
+            raise UserError(f"lora.eva_tau: {self.eva_tau} must be above 0 and below 1, e.g. 0.99")
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,18 @@ class ReloraSettings:
     """ReLoRA: LoRA that is merged and begun anew again and again (`lora:` sets the adapters)."""
 
     interval: float = 0.25
-    """Optimizer steps between merges; below 1: a share of the run's steps. The paper: 5,000 of 20,000 steps."""
+    """Optimizer steps between merges; below 1: a share of the run's steps. The paper: 5,000 of 20,000 steps. As long
+    as the run: no merge, which is lora."""
     warmup: float = 0.01
-    """Steps over which the learning rate climbs again after a merge; below 1: a share of the run's steps. The paper: 50
-    to 100 steps."""
+    """Steps over which the learning rate climbs again after a merge; below 1: a share of the run's steps. At most
+    `interval`. The paper: 50 to 100 steps."""
     prune: float = 0.99
     """Share of the adapters' optimizer state that a merge sets to zero; 1 forgets all of it, 0 keeps it."""
     prune_by: Literal["magnitude", "random"] = "magnitude"
     """Which entries: the smallest, or any."""
     warm_start: float = 0.0
-    """Steps at the beginning that train all weights, before the first adapters; below 1: a share of the run's steps.
-    The paper: 5,000 of 20,000 steps, since it trains from nothing; 0: none."""
+    """Steps at the beginning that train all weights, before the first adapters; below 1: a share of the run's steps. At
+    most all but one. The paper: 5,000 of 20,000 steps, since it trains from nothing; 0: none."""
 
     def __post_init__(self) -> None:
         if self.interval <= 0:

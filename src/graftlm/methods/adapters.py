@@ -86,9 +86,16 @@ class Adapters(Method):
         narrowest = min(min(widths) for widths in self.widths)
         if self.splits_weights and self.rank > narrowest:
             raise UserError(
-                f"lora.rank: {self.rank} is above {narrowest}, the width of the narrowest layer that gets an adapter, "
-                f"which method {self.config.method} cannot split so; lower it"
+                f"{self.rank_told} is above {narrowest}, the width of the narrowest layer that gets an adapter, which "
+                f"method {self.config.method} cannot split so; lower it"
             )
+
+    @property
+    def rank_told(self) -> str:
+        """The rank by the key that set it, to begin an error with."""
+        if self.settings.budget is None:
+            return f"lora.rank: {self.rank}"
+        return f"lora.budget: {self.settings.budget:.4g} gives rank {self.rank}, which"
 
     # -- the contract -------------------------------------------------------------------------------------------------
 

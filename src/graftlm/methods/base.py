@@ -36,6 +36,10 @@ class Method:
         names must not depend on the data), freeze what never trains. A parameter that trains at any time of the run
         must require a gradient when this returns. Raises UserError for a model that the method cannot train."""
 
+    def check_steps(self, total_steps: int) -> None:
+        """Before `look`: raise UserError for settings that a run of `total_steps` cannot have. Not asked where the
+        number is not known, or made up for an estimate."""
+
     def look(self, batches: Batches) -> None:
         """Before the first step of a run that is not resumed, before the optimizer is made: see data without training
         on it. Draws no global random number. The model runs as in training within `mixed` alone."""

@@ -27,6 +27,7 @@ from graftlm.methods.base import Batches, Method
 from graftlm.methods.masks import top_entries
 from graftlm.methods.sparse_settings import LiftSettings
 from graftlm.modes import replace_forward
+from graftlm.moments import moments_of
 from graftlm.parts import count_parameters
 from graftlm.training.config import RunConfig
 
@@ -71,11 +72,10 @@ class Entries(nn.Module):
         values = weight.flatten()[found].to(self.values.dtype)
         if state is not None:
             values[stays] = self.values[place]
-            for kept in state.values():
-                if isinstance(kept, Tensor) and kept.shape == self.values.shape:
-                    moved = torch.zeros_like(kept)
-                    moved[stays] = kept[place]
-                    kept.copy_(moved)
+            for kept in moments_of(state, self.values):
+                moved = torch.zeros_like(kept)
+                moved[stays] = kept[place]
+                kept.copy_(moved)
         self.values.copy_(values)
         self.index.copy_(found)
 

@@ -29,8 +29,8 @@ class LoraGa(Adapters):
         narrowest = min(min(widths) for widths in self.widths)
         if 2 * self.rank > narrowest:
             raise UserError(
-                f"lora.rank: {self.rank} is above {narrowest // 2}: lora_ga takes twice the rank of singular vectors, "
-                f"and the narrowest layer has {narrowest}; lower it"
+                f"{self.rank_told} is above {narrowest // 2}: lora_ga takes twice the rank of singular vectors, and "
+                f"the narrowest layer has {narrowest}; lower it"
             )
 
     def peft_config(self) -> Any:

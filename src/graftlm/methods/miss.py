@@ -26,7 +26,7 @@ class Miss(Adapters):
     def check_rank(self) -> None:
         narrowest = min(inputs for inputs, _ in self.widths)
         if self.rank > narrowest:
-            raise UserError(f"lora.rank: {self.rank} is above {narrowest}, the width of the narrowest input; lower it")
+            raise UserError(f"{self.rank_told} is above {narrowest}, the width of the narrowest input; lower it")
 
     def products(self) -> dict[str, tuple[int, bool]]:
         return {name: (self.rank * outputs, True) for name, (_, outputs) in zip(self.targets, self.widths, strict=True)}

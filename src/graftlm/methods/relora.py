@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from graftlm.errors import UserError
 from graftlm.methods.adapter_settings import ReloraSettings
 from graftlm.methods.adapters import ADAPTER, Adapters
+from graftlm.moments import moments_of
 from graftlm.training.config import RunConfig
 
 
@@ -31,6 +32,8 @@ class ReLora(Adapters):
         self.warmup = 0
         self._optimizer: Any = None
         self._step = 0
+        self._schedule_note: str | None = None
+        """When merges happen; known once the run has begun."""
 
     def prepare(self) -> None:
         relora, config = self.relora, self.config
@@ -56,14 +59,29 @@ class ReLora(Adapters):
     def state_dict(self) -> dict[str, Tensor]:
         return {"step": torch.tensor(self._step)}
 
+    def check_steps(self, total_steps: int) -> None:
+        relora = self.relora
+        if relora.warm_start >= total_steps:
+            raise UserError(
+                f"relora.warm_start: {relora.warm_start:g} of the run's {total_steps} steps leave none to adapters; "
+                "lower it, or choose method: full"
+            )
+        warmup, interval = (_exact(given, total_steps) for given in (relora.warmup, relora.interval))
+        if warmup - max(1, interval) >= 1:  # less is rounding
+            raise UserError(
+                f"relora.warmup: {warmup:g} of the run's {total_steps} steps are more than the {interval:g} between "
+                "merges (relora.interval), and the learning rate would never be reached; lower it"
+            )
+
     def start(self, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
         self._optimizer = optimizer
         relora = self.relora
-        self.warm = _steps(relora.warm_start, total_steps)
-        self.warmup = _steps(relora.warmup, total_steps)
+        self.warm = min(_steps(relora.warm_start, total_steps), total_steps - 1)  # less than all of it, once rounded
         interval = max(1, _steps(relora.interval, total_steps))
+        self.warmup = min(_steps(relora.warmup, total_steps), interval)  # a pilot's may have been rounded up
         # Not after the last step: adapters are merged then anyway.
         self.merges = list(range(self.warm + interval, total_steps, interval))
+        self._schedule_note = _schedule(self.merges, interval, total_steps)
         if relora.warm_start:  # which may round to no step
             self._train_everything(self._step < self.warm)
 
@@ -100,9 +118,9 @@ class ReLora(Adapters):
         share = self.relora.prune
         if share == 1:
             self._optimizer.state.pop(parameter, None)
-        state = self._optimizer.state.get(parameter, {}).values() if share else ()
-        moments = [v.view(-1) for v in state if isinstance(v, Tensor) and v.shape == parameter.shape]
-        if moments:  # Adam's first moment is the first
+        state = self._optimizer.state.get(parameter, {}) if share else {}
+        moments = [moment.view(-1) for moment in moments_of(state, parameter)]
+        if moments:
             score = moments[0].abs() if self.relora.prune_by == "magnitude" else torch.rand_like(moments[0])
             gone = score.topk(round(share * score.numel()), largest=False).indices
             for moment in moments:
@@ -131,12 +149,27 @@ class ReLora(Adapters):
         found = super().notes
         if self.relora.warm_start:
             found.append("a warm start trains all weights first, and needs their gradients and optimizer state")
+        if self._schedule_note is not None:
+            found.append(self._schedule_note)
         return found
 
 
+def _exact(given: float, total: int) -> float:
+    """Steps; below 1: a share of `total`."""
+    return given * total if given < 1 else given
+
+
 def _steps(given: float, total: int) -> int:
-    """Below 1: a share of `total`."""
-    return round(given * total) if given < 1 else round(given)
+    return round(_exact(given, total))
+
+
+def _schedule(merges: list[int], interval: int, total: int) -> str:
+    """A note on when adapters are merged in a run of `total` steps."""
+    if not merges:
+        return f"no merge before the end of the run's {total} steps: adapters train as lora's do (relora.interval)"
+    if len(merges) == 1:
+        return f"adapters are merged after step {merges[0]}, and at the end"
+    return f"adapters are merged {len(merges)} times, after every {interval} steps from {merges[0]} on, and at the end"
 
 
 def _bare(name: str) -> str:

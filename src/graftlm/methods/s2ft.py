@@ -30,6 +30,7 @@ from graftlm.methods.base import Batches, Method
 from graftlm.methods.sparse_settings import S2ftSettings
 from graftlm.parts import count_parameters
 from graftlm.sliced_training import SlicedTraining
+from graftlm.splitting import most
 from graftlm.training.config import RunConfig
 
 CONTAINER = "s2ft"
@@ -49,11 +50,36 @@ def trained_blocks(blocks: Sequence[Block], trains: str) -> list[Block]:
 
 
 def plan_counts(model: PreTrainedModel, blocks: Sequence[Block], settings: S2ftSettings) -> dict[str, int]:
-    """How many heads, and how many channels, train in every layer: the budget's share of both, heads rounded (at least
-    one), and channels for what is left, rounded down."""
-    costs = {block.name: component_size(model, block, False) for block in blocks}
-    everything = sum(block.components * costs[block.name] for block in blocks)
+    """How many heads, and how many channels, train in every layer.
+
+    Where the settings give no number: the budget's share of both, heads rounded (at least one), and channels for what
+    is left, rounded down. One of them: its cost is taken off the budget, and of the other as many train as the rest
+    holds, or all. Both: these, and the budget is not looked at.
+    """
     total = count_parameters(model)
+    costs = {block.name: component_size(model, block, False) for block in blocks}
+    of_kind = {kind: [block for block in blocks if block.kind == kind] for kind in ("heads", "channels")}
+    there = {kind: max((block.components for block in some), default=0) for kind, some in of_kind.items()}
+    groups = "key-value groups" if settings.trains == "coupled" else "heads"
+    given = {kind: n for kind in of_kind if (n := getattr(settings, kind)) is not None}
+
+    def size(kind: str, count: int) -> int:
+        """Parameters of `count` in each layer, or of all where it has fewer."""
+        return sum(min(count, block.components) * costs[block.name] for block in of_kind[kind])
+
+    def within(kind: str, limit: float) -> int:
+        """The most of each layer whose parameters are at most `limit`."""
+        return most(there[kind], lambda count: size(kind, count) <= limit)
+
+    for kind, asked in given.items():
+        if asked and not there[kind]:
+            raise UserError(f"s2ft.{kind}: this model has no {kind} that are known; leave it out")
+        if asked > there[kind]:
+            unit = groups if kind == "heads" else kind
+            raise UserError(f"s2ft.{kind}: {asked} is more than the {there[kind]} {unit} of a layer; lower it")
+    if len(given) == 2:
+        return given
+    everything = sum(size(kind, there[kind]) for kind in of_kind)
     limit = settings.budget * total
     if limit > everything:
         mend = "lower it, or choose s2ft.trains: coupled" if settings.trains == "output" else "lower it"
@@ -61,27 +87,23 @@ def plan_counts(model: PreTrainedModel, blocks: Sequence[Block], settings: S2ftS
             f"s2ft.budget: {settings.budget:.4g} is more than everything that can train ({everything / total:.4g} of "
             f"all parameters): {mend}"
         )
-    heads = [block for block in blocks if block.kind == "heads"]
-    channels = [block for block in blocks if block.kind == "channels"]
-    for kind, some, asked in (("heads", heads, settings.heads), ("channels", channels, settings.channels)):
-        most = max((block.components for block in some), default=0)
-        if asked and not some:
-            raise UserError(f"s2ft.{kind}: this model has no {kind} that are known; leave it out")
-        if some and asked is not None and asked > most:
-            unit = "key-value groups" if kind == "heads" and settings.trains == "coupled" else kind
-            raise UserError(f"s2ft.{kind}: {asked} is more than the {most} {unit} of a layer; lower it")
-    counts = {"heads": 0, "channels": 0}
-    if heads:
-        each = sum(costs[block.name] for block in heads)
-        asked = round(limit / everything * max(block.components for block in heads))
-        fits = int(limit // each)
-        counts["heads"] = min(max(1, asked), fits) if settings.heads is None else settings.heads
-        limit -= counts["heads"] * each
-    if channels:
-        each = sum(costs[block.name] for block in channels)
-        counts["channels"] = max(0, int(limit // each)) if settings.channels is None else settings.channels
+    for kind, asked in given.items():
+        if size(kind, asked) > limit:
+            other = "channels" if kind == "heads" else "heads"
+            raise UserError(
+                f"s2ft.budget: {settings.budget:.4g} of all parameters is less than s2ft.{kind}: {asked} takes "
+                f"({size(kind, asked) / total:.4g}); raise it, lower s2ft.{kind}, or give s2ft.{other} too"
+            )
+    counts = dict(given)
+    if not given:
+        counts["heads"] = min(max(1, round(limit / everything * there["heads"])), within("heads", limit))
+    for kind in of_kind.keys() - counts.keys():
+        counts[kind] = within(kind, limit - sum(size(known, count) for known, count in counts.items()))
     if not any(counts.values()):
-        least = min(sum(costs[b.name] for b in some) for some in (heads, channels) if some)
+        free = [kind for kind in of_kind if kind not in given and there[kind]]
+        if not free:
+            raise UserError(f"s2ft.{next(iter(given))}: 0 leaves nothing of this model to train; leave it out")
+        least = min(size(kind, 1) for kind in free)
         raise UserError(
             f"s2ft.budget: {settings.budget:.4g} of all parameters is too little for one channel or head a layer; that "
             f"is {least:,} parameters: raise it"

@@ -32,11 +32,13 @@ class S2ftSettings:
     """S2FT: whole heads and channels train (method s2ft)."""
 
     budget: float = 0.024
-    """Trainable share of all parameters; the same number of heads, and of channels, in every layer."""
+    """Trainable share of all parameters, at most; the same number of heads, and of channels, in every layer. Not used
+    where both `heads` and `channels` are given."""
     heads: int | None = None
-    """Heads of each layer that train; None: as many as `budget` gives."""
+    """Heads of each layer that train (with `trains: coupled`, key-value groups); None: as many as `budget` gives, or
+    leaves beside `channels`."""
     channels: int | None = None
-    """Channels of each layer that train; None: as many as `budget` gives."""
+    """Channels of each layer that train; None: as many as `budget` gives, or leaves beside `heads`."""
     trains: Literal["output", "coupled"] = "output"
     """output: the columns of output and down projections that belong to the chosen heads and channels. coupled: the
     rows of value, up and gate projections too (heads: whole key-value groups)."""
@@ -140,7 +142,8 @@ class ReweightingSettings:
     """none: every token counts alike. linupper: samples of low loss count less. quadratic: samples of low and of high
     loss count less. extremes: these count more."""
     r: float = 1.0
-    """How flat the weights are: exp(score / r), divided by their sum (the authors' code: 1)."""
+    """How flat the weights are: exp(score / r), divided by their sum (the authors' code: 1); near 0, only samples of
+    the highest score count."""
     warmup_ratio: float = 0.05
     """Share of the run's steps before weights begin (the authors' code: 5%); until then samples count alike."""
 

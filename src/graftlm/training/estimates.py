@@ -32,10 +32,6 @@ SECONDS = (
 """What an estimate says of time."""
 
 
-UNKNOWN_STEPS = 1000
-"""What a method is told where the number of steps is not known; it counts for nothing but when rounds begin."""
-
-
 @dataclass
 class Counted:
     """What is known of a run from shapes alone."""
@@ -87,7 +83,7 @@ def estimate(
     per_step = config.sequences_per_step * layout.processes
     process_bytes = process_memory(model)
     copied = layers_to_copy(model)
-    ready = prepared(config, model, steps or UNKNOWN_STEPS)
+    ready = prepared(config, model, steps)
     with _apex_on(config, model, steps) as apex:
         counted = _count(config, model, apex, ready, length, epoch_steps, per_step * length)
         trained = costs.trained_in_layers(apex, layers_copied(model, copied)) if apex is not None else 0

@@ -14,6 +14,9 @@ from graftlm.methods.base import Method
 from graftlm.training.config import RunConfig
 from graftlm.training.costs import MethodFlops
 
+UNKNOWN_STEPS = 1000
+"""What a method is told where the number of steps is not known; it counts for nothing but when rounds begin."""
+
 
 @dataclass
 class Prepared:
@@ -42,9 +45,9 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def prepared(config: RunConfig, model: PreTrainedModel, steps: int) -> Prepared | None:
-    """The method of `config` on a copy of `model`, begun as in a run of `steps`; None for apex and full. Raises
-    UserError for what the method refuses."""
+def prepared(config: RunConfig, model: PreTrainedModel, steps: int | None) -> Prepared | None:
+    """The method of `config` on a copy of `model`, begun as in a run of `steps` (None: not known); None for apex and
+    full. Raises UserError for what the method refuses."""
     asked = make_method(without_weights(model), config)
     if asked is None:
         return None
@@ -55,8 +58,12 @@ def prepared(config: RunConfig, model: PreTrainedModel, steps: int) -> Prepared 
     assert method is not None
     method.prepare()
     # What trains may change while a run goes on; how much of it, less so.
-    method.start(torch.optim.SGD([p for p in bare.parameters() if p.requires_grad]), steps)
-    return Prepared(resolved, method, asked.notes, asked.looks(), _flops(method, first))
+    if steps is not None:
+        method.check_steps(steps)
+    method.start(torch.optim.SGD([p for p in bare.parameters() if p.requires_grad]), steps or UNKNOWN_STEPS)
+    # One that has begun knows when it does what; a simpler one in its place has less to say.
+    notes = method.notes if steps and type(method) is type(asked) else asked.notes
+    return Prepared(resolved, method, notes, asked.looks(), _flops(method, first))
 
 
 def _flops(method: Method, first: list[Block]) -> MethodFlops:

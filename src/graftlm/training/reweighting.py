@@ -60,8 +60,13 @@ def weights_of(losses: Tensor, counts: Tensor, strategy: str, r: float) -> Tenso
     ])  # fmt: skip
     if world_size() > 1:
         dist.all_reduce(bounds, dist.ReduceOp.MAX)
-    # Scores are at most 1, so no exponential overflows.
-    shares = torch.exp((scores(losses, -bounds[0], bounds[1], strategy) - 1) / r).where(there, 0)
+    found = scores(losses, -bounds[0], bounds[1], strategy)
+    # The highest score, of all processes: 1 of `linupper` alone. Without it one of the exponentials is 1, so that none
+    # overflows, nor do all become zero, however small r is.
+    best = found.where(there, -torch.inf).max()
+    if world_size() > 1:
+        dist.all_reduce(best, dist.ReduceOp.MAX)
+    shares = torch.exp((found - best) / r).where(there, 0)
     total = shares.sum()
     if world_size() > 1:
         dist.all_reduce(total)

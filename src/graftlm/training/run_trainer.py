@@ -227,6 +227,7 @@ class RunTrainer(ApexTrainer):
             self._resume_from = None  # only data and learning rate go on: APEX begins anew, on a smaller model
         if method is None:
             return super().create_optimizer(model)
+        method.check_steps(self.state.max_steps)
         if self._resume_from is None:
             with self.meter.timed():
                 method.look(self._batches)
