@@ -64,9 +64,13 @@ def prepare_stream(
     streams = [partial(_training_blocks, pipeline, rule) for pipeline in pipelines]
     train = StreamedBlocks(streams, weights, config.seed)
     sampled = StreamedBlocks([partial(s, c) for s, c in zip(streams, counts, strict=True)], weights, config.seed)
-    sample = [block for _, block in itertools.islice(sampled.blocks(), SAMPLE_BLOCKS)]
-    if not sample:
-        raise nothing_left(pipelines[0], counts[0])
+    taken = list(itertools.islice(sampled.blocks(), SAMPLE_BLOCKS))
+    for number in set(range(len(streams))) - {source for source, _ in taken}:
+        # A source without a block would end every pass where it is asked for its first.
+        alone = Counts()
+        if next(streams[number](alone), None) is None:
+            raise nothing_left(pipelines[number], alone)
+    sample = [block for _, block in taken]
 
     evaluation, notes = None, [f"streaming: shares and counts are those of the first {len(sample)} blocks"]
     if evaluated or fraction:
