@@ -79,8 +79,9 @@ def _source_blocks(
     key: dict[str, Any] = {"fraction": fraction} if fraction else {}
     rule = HoldOutRule(fraction)
     train, held, counts = _cached(pipeline, rule, key, fingerprint, progress)
-    if fraction and counts.documents + counts.held_out_documents > 1 and not (held and train):
-        train, held, counts = _one_held_back(pipeline, key, fingerprint, progress)
+    documents = counts.documents + counts.held_out_documents + counts.empty
+    if fraction and documents > 1 and not (held and train):
+        train, held, counts = _one_held_back(pipeline, documents, key, fingerprint, progress)
     if not len(train):
         raise nothing_left(pipeline, counts)
     sizes = train.sizes()
@@ -101,14 +102,19 @@ def _source_blocks(
 
 
 def _one_held_back(
-    pipeline: SourcePipeline, key: dict[str, Any], fingerprint: str, progress: bool
+    pipeline: SourcePipeline, documents: int, key: dict[str, Any], fingerprint: str, progress: bool
 ) -> tuple[BlockFile, BlockFile, Counts]:
     """Where documents are few and the hash has picked none, or all: the one it comes closest to is held back, of those
     that have blocks, and none where only one has any."""
+
+    def without(number: int) -> tuple[BlockFile, BlockFile, Counts]:
+        return _cached(pipeline, number.__eq__, key | {"chosen": number}, fingerprint, progress)
+
+    split = without(min(range(1, documents), key=hold_out_score))  # nearly always has blocks, as have the others
+    if split[0] and split[1]:
+        return split
     usable = sorted(pipeline.documents_with_blocks(), key=lambda number: (number == 0, hold_out_score(number)))
-    if len(usable) < 2:
-        return _cached(pipeline, HoldOutRule(), {}, fingerprint, progress)
-    return _cached(pipeline, usable[0].__eq__, key | {"chosen": usable[0]}, fingerprint, progress)
+    return without(usable[0]) if len(usable) > 1 else _cached(pipeline, HoldOutRule(), {}, fingerprint, progress)
 
 
 def evaluation_blocks(pipeline: SourcePipeline, progress: bool) -> SourceBlocks:

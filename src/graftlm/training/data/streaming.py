@@ -14,7 +14,7 @@ from graftlm.training.data.materialise import nothing_left
 from graftlm.training.data.mixture import interleave
 from graftlm.training.data.packing import Block
 from graftlm.training.data.pipeline import HoldOutRule, SourcePipeline
-from graftlm.training.data.statistics import Counts, DataStatistics, truncation
+from graftlm.training.data.statistics import Counts, DataStatistics, left_out, truncation
 
 SAMPLE_BLOCKS = 64
 """Blocks of a stream that are looked at beforehand, for the shares that are printed."""
@@ -77,6 +77,7 @@ def prepare_stream(
         kept = [first_blocks(pipeline, rule) for pipeline in evaluated or pipelines]
         evaluation = evaluation_dataset(kept, config.eval_data or config.data, config.eval_max_blocks)
         notes += not_evaluated(kept, config.eval_data or config.data, evaluation)
+    notes += left_out([source.path for source in config.data], counts)
     tokens = sum(len(block) for block in sample)
     supervised = sum(block.supervised_tokens for block in sample)
     statistics = DataStatistics(
