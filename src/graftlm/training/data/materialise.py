@@ -80,7 +80,7 @@ def _source_blocks(
     rule = HoldOutRule(fraction)
     train, held, counts = _cached(pipeline, rule, key, fingerprint, progress)
     documents = counts.documents + counts.held_out_documents + counts.empty
-    if fraction and documents > 1 and not (held and train):
+    if fraction and documents - counts.empty > 1 and not (held and train):
         train, held, counts = _one_held_back(pipeline, documents, key, fingerprint, progress)
     if not len(train):
         raise nothing_left(pipeline, counts)
