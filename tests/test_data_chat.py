@@ -1,8 +1,10 @@
 """The assistant mask covers exactly what the assistant says, its end-of-turn token included."""
 
 import datetime
+from pathlib import Path
 
 import pytest
+import trl
 from test_data_support import CHATML, CHATML_MARKED, byte_tokenizer
 from transformers import ByT5Tokenizer
 
@@ -10,6 +12,7 @@ from graftlm.errors import UserError
 from graftlm.training.data.cache import tokenizer_fingerprint
 from graftlm.training.data.chat import ChatEncoder
 from graftlm.training.data.formats import Conversation
+from graftlm.training.data.messages import checked_messages
 
 TURNS = [
     {"role": "system", "content": "Be kind"},
@@ -46,7 +49,7 @@ def test_assistant_spans_are_exact(template):
 
 def test_markers_and_prefixes_agree_in_a_batch():
     marked, plain = (ChatEncoder(byte_tokenizer(template)) for template in (CHATML_MARKED, CHATML))
-    assert marked.marked and not plain.marked
+    assert marked.template_of(None).marked and not plain.template_of(None).marked
     batch = [Conversation(TURNS, None, 0, ""), Conversation(TURNS[1:3], None, 1, "")]
     for (ids, mask), (other_ids, other_mask) in zip(marked.encode(batch), plain.encode(batch), strict=True):
         assert ids.tolist() == other_ids.tolist() and mask.tolist() == other_mask.tolist()
@@ -132,3 +135,86 @@ def test_a_prompt_that_later_turns_do_not_have_is_refused():
     thinking = begin + prompt + "{{ '<think>' }}" + end
     with pytest.raises(UserError):
         encode(byte_tokenizer(thinking), TURNS)
+
+
+CALLS = [
+    {"role": "user", "content": "What is the weather?"},
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]},
+    {"role": "tool", "content": "21C"},
+    {"role": "assistant", "content": "It is 21C."},
+]
+SCHEMAS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+def trl_template(name):
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+
+
+def test_tools_and_calls_that_a_template_leaves_out_are_refused():
+    """Told apart from a word of the text that is the name, and from a call's name among the tools."""
+    messages = checked_messages(CALLS, "data.jsonl:7")
+    for template in (CHATML, CHATML_MARKED, "{{ tools | tojson if tools }}" + CHATML):
+        with pytest.raises(
+            UserError, match=r"data\.jsonl:7: message 2: the call of weather is left out by the chat tem"
+        ):
+            encode(byte_tokenizer(template), messages, SCHEMAS)
+    with pytest.raises(UserError, match="the tool weather is left out"):
+        encode(byte_tokenizer(), TURNS, SCHEMAS)
+    tokenizer = byte_tokenizer(trl_template("qwen2_5"))
+    ids, mask = encode(tokenizer, messages, SCHEMAS)
+    assert '{"name": "weather", "arguments": {}}' in supervised_runs(tokenizer, ids, mask)[0]
+
+
+def test_a_template_that_knows_its_tools_by_name_is_asked_for_the_real_ones():
+    known = (
+        "{% for tool in tools %}{{ tool['name'] if tool['name'] == 'search' else raise_exception('?') }}{% endfor %}"
+    )
+    encode(byte_tokenizer(known + CHATML), TURNS, tools=[{"name": "search"}])
+
+
+SPACED = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q: ' + m['content'] + ' A: ' }}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+SPACED_MARKED = SPACED.replace(
+    "{{ m['content'] + eos_token }}", "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+)
+
+
+@pytest.mark.parametrize("template", [SPACED, SPACED_MARKED], ids=["by prefix", "by marker"])
+def test_a_first_token_that_takes_in_the_prompts_last_space_is_learnt(template):
+    turns = [{"role": "user", "content": "capital?"}, {"role": "assistant", "content": "Paris"}]
+    tokenizer = byte_tokenizer(template, merges=(("Ġ", "P"), ("a", "r"), ("ĠP", "ar")))
+    ids, mask = encode(tokenizer, turns)
+    assert supervised_runs(tokenizer, ids, mask) == [" Paris<|endoftext|>"]
+    merged = byte_tokenizer(template.replace(" A: ", " A:"), merges=((":", "P"),))
+    with pytest.raises(UserError, match=r"data\.jsonl:7: the tokenizer merges the prompt's ':' with"):
+        encode(merged, turns)
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED], ids=["by prefix", "by marker"])
+def test_answers_of_a_prompts_history_are_not_learnt(template):
+    tokenizer = byte_tokenizer(template)
+    [(ids, mask)] = ChatEncoder(tokenizer).encode([Conversation(TURNS, None, 0, "", first_answer=4)])
+    assert supervised_runs(tokenizer, ids, mask) == WANTED[1:]
+
+
+def test_a_history_that_is_rendered_otherwise_is_refused():
+    rewriting = CHATML_MARKED.replace(
+        "{% generation %}{{ message['content'] +",
+        "{% generation %}{{ (message['content'] if loop.last else message['content'][:2]) +",
+    )
+    encoder = ChatEncoder(byte_tokenizer(rewriting))
+    with pytest.raises(UserError, match=r"data\.jsonl:7.*renders earlier turns differently"):
+        encoder.encode([Conversation([*TURNS[1:3], *TURNS[3:]], None, 0, "data.jsonl:7", first_answer=2)])
+
+
+def test_named_templates_are_chosen_by_the_tools():
+    tokenizer = byte_tokenizer({"default": CHATML, "tool_use": "{{ tools | tojson }}" + CHATML_MARKED})
+    for tools, marked in ((None, False), (SCHEMAS, True)):
+        ids, mask = encode(tokenizer, TURNS, tools)
+        assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TURNS, tools=tools, tokenize=False)
+        assert supervised_runs(tokenizer, ids, mask) == WANTED
+        assert ChatEncoder(tokenizer).template_of(tools).marked is marked
+    with pytest.raises(UserError, match=r"^chat_template: .*\(rag, tool_use\) and no default"):
+        encode(byte_tokenizer({"rag": CHATML, "tool_use": CHATML}), TURNS)

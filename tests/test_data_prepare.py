@@ -234,6 +234,18 @@ def test_few_documents(tmp_path):
     assert data.evaluation is None and len(data.train) == 1
 
 
+@pytest.mark.parametrize("usable", [[0], [3], [2, 3], [0, 40], [141, 143]])
+def test_the_only_usable_document_is_not_held_back(tmp_path, usable):
+    """The hash may have picked it (143 of these), or come closest to it; dropped ones have numbers too."""
+    rows = [conversation("q" * 900 * (n not in usable), f"a{n}") for n in range(150)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    data = prepare(run_config(path, cache=tmp_path, max_length=64, eval_fraction=0.02))
+    assert len(data.train) == 1
+    assert len(data.evaluation or []) == len(usable) - 1
+    both = texts_of(data.train) + texts_of(data.evaluation or [])
+    assert sorted(both) == sorted(text for n in usable for text in both if f"a{n}<" in text)
+
+
 def test_eval_data_is_capped_and_spread(texts, tmp_path):
     held = tmp_path / "held.txt"
     held.write_text("".join(f"{n:04d}" for n in range(1000)))
@@ -333,6 +345,17 @@ def test_streamed_mixture(tmp_path):
     letters = [text.replace("<|endoftext|>", "")[0] for text in texts_of(data.train.one_pass())]
     assert letters.count("a") / len(letters) == pytest.approx(0.75, abs=0.01)
     assert set(letters[:4]) == {"a", "b"}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_stream_without_a_block_is_named(tmp_path, first):
+    """It would end every pass after the others' first blocks."""
+    good = write_jsonl(tmp_path / "good.jsonl", [conversation("q", f"answer {n}") for n in range(99)])
+    none = write_jsonl(tmp_path / "none.jsonl", [conversation("q" * 500, "a")] * 9)
+    paths = (none, good) if first else (good, none)
+    settings = {"max_length": 64, "eval_fraction": 0.0, "streaming": True, "max_steps": 5, **STEPS}
+    with pytest.raises(UserError, match=r"none\.jsonl: no supervised token left, 9 of 9"):
+        prepare(run_config(*paths, cache=tmp_path, **settings))
 
 
 def test_a_stream_is_shown_once(tmp_path):

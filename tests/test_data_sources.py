@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import sys
 
 import datasets
 import pyarrow as pa
@@ -14,10 +15,10 @@ from test_data_support import conversation, write_jsonl
 
 from graftlm.errors import UserError
 from graftlm.training.config import SourceConfig
-from graftlm.training.data import readers
-from graftlm.training.data.formats import detect_format, iterate_documents
-from graftlm.training.data.sources import iterate_rows
-from graftlm.training.data.statistics import Counts
+from graftlm.training.data import json_rows, readers
+from graftlm.training.data.formats import columns_of, detect_format, iterate_documents
+from graftlm.training.data.sources import iterate_rows, list_files, source_identity
+from graftlm.training.data.statistics import Counts, not_read
 
 
 def rows_of(path, **settings):
@@ -30,6 +31,8 @@ def documents_of(path, **settings):
     return list(iterate_documents(iter(rows), source, detect_format(rows[0], source)))
 
 
+EXPECTED = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+EXPECTED_ROW = {"messages": EXPECTED, "tools": [{"name": "f"}]}
 ROWS = [{"text": "one\ntwo"}, {"text": "zwei ü"}, {"text": "3"}]
 
 
@@ -46,12 +49,14 @@ def test_every_file_type_gives_the_same_rows(tmp_path):
 
 
 def test_array_of_objects_is_decoded_across_buffer_borders(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 7)
+    monkeypatch.setattr(json_rows, "CHUNK", 7)
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "x" * n} for n in range(5)], indent=2))
     rows = list(readers._read_json(path))
     assert [len(row.fields["text"]) for row in rows] == list(range(5))
     assert [row.where.rsplit(":", 1)[1] for row in rows] == ["2", "5", "8", "11", "14"]
+    path.write_text("\n " + path.read_text())
+    assert [row.where.rsplit(":", 1)[1] for row in readers._read_json(path)] == ["3", "6", "9", "12", "15"]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,12 @@ def test_array_of_objects_is_decoded_across_buffer_borders(tmp_path, monkeypatch
         ('[{"text": "a"},\n {"text": "b"}', ":2: not valid JSON"),
         ('[{"text": "a"}\n {"text": "b"}]', ":2: not valid JSON"),
         ('[{"text": "a"}]\n{}', ":2: text after the closing"),
+        ('\n{"text": "a"}\n', ":1: empty line"),
+        ('{\n "text": "a"\n}\n', ":1: the object goes on in the next line; write every object on a line of its own"),
+        ('{"text": "a"}\n{"text": ' + "[" * 100_000 + "\n", ":2: JSON nested too deeply"),
+        ('[{"text": "a"},\n' + "[" * 100_000, ":2: JSON nested too deeply"),
+        ('{"text": "a", "n": ' + "1" * 5000 + "}\n", ":1: JSON with too long a number"),
+        ('[{"text": "a", "n": ' + "1" * 5000 + "}]", ":1: JSON with too long a number"),
     ],
 )
 def test_malformed_lines_name_file_and_line(tmp_path, text, where):
@@ -85,16 +96,106 @@ def test_torn_and_foreign_files_are_named(tmp_path):
         rows_of(tmp_path / "missing.txt")
 
 
-def test_zst_needs_its_library(tmp_path):
+def test_zst_needs_its_library(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(b"")
-    try:
-        import zstandard
-    except ImportError:
-        with pytest.raises(UserError, match="pip install zstandard"):
-            rows_of(tmp_path / "a.jsonl.zst")
-    else:
-        (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "a"}\n'))
-        assert len(rows_of(tmp_path / "a.jsonl.zst")) == 1
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(UserError, match="pip install zstandard"):
+        rows_of(tmp_path / "a.jsonl.zst")
+
+
+def test_zst_of_several_frames_whole_and_torn(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    path = tmp_path / "a.jsonl.zst"
+    lines = "".join(json.dumps({"text": f"{n} ü " + "x" * (n % 99)}) + "\n" for n in range(9000)).encode()
+    frame = zstandard.compress(lines)
+    skippable = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    for data, frames in ((frame, 1), (frame + frame, 2), (frame + skippable + frame, 2), (b"", 0)):
+        path.write_bytes(data)
+        assert len(rows_of(path)) == 9000 * frames
+    for torn in (frame[: len(frame) // 2], frame + frame[:-1], frame[:3]):
+        path.write_bytes(torn)
+        with pytest.raises(UserError, match=r"a\.jsonl\.zst: torn or not zstd \(it ends in the middle"):
+            rows_of(path)
+    path.write_bytes(b"not packed at all")
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst: torn or not zstd"):
+        rows_of(path)
+    assert readers.kind_of(path) == "binary"
+    long = zstandard.ZstdCompressionParameters.from_level(3, window_log=31, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    path.write_bytes(packer.compress(lines) + packer.flush())
+    assert len(rows_of(path)) == 9000
+
+
+def test_packed_parquet_is_refused(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    with pytest.raises(UserError, match=r"a\.parquet\.gz: parquet is compressed within and not read from \.gz; unpack"):
+        rows_of(tmp_path / "a.parquet.gz")
+
+
+def test_of_parquet_only_the_wanted_columns_are_decoded(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{**EXPECTED_ROW, "blob": b"x"}]), path)
+    [row] = iterate_rows(SourceConfig(str(path)), columns=columns_of("messages", SourceConfig("")))
+    assert set(row.fields) == {"messages", "tools"}
+    [row] = iterate_rows(SourceConfig(str(path)), columns=columns_of("text", SourceConfig("")))
+    assert set(row.fields) == {"messages", "tools", "blob"}  # the error about the missing one says what there is
+
+
+def test_what_lies_beside_tables(tmp_path):
+    rows = [conversation("Q", "A")]
+    for name in ("README.md", "LICENSE", "notes.md", "data/train.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("# A card")
+    write_jsonl(tmp_path / "data/train.jsonl", rows)
+    counts = Counts()
+    assert [row.fields for row in iterate_rows(SourceConfig(str(tmp_path)), counts)] == rows
+    assert counts.files_about_tables == 3
+    assert not_read(counts) == "3 README, LICENSE or .md files beside tables left out"
+    assert [file.name for file in list_files(SourceConfig(str(tmp_path)))] == ["train.jsonl"]
+
+
+def test_json_beside_a_readme_holds_rows(tmp_path):
+    (tmp_path / "README.md").write_text("# A card")
+    (tmp_path / "licenses.json").write_text(json.dumps([conversation("Q", "A")]))
+    assert [row.fields for row in rows_of(tmp_path)] == [conversation("Q", "A")]
+    (tmp_path / "guide.md").write_text("# A book")  # now the .json is a settings file among texts
+    assert [row.fields["text"][:3] for row in rows_of(tmp_path)] == ["# A", "# A", '[{"']
+
+
+def test_a_table_that_is_not_read_is_refused_wherever_it_lies(tmp_path):
+    (tmp_path / "README.md").write_text("# A card")
+    (tmp_path / "data.csv").write_text("text\nhello\n")
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"data\.csv: \.csv is not read; .*from_csv.* leave it out with pattern"):
+        rows_of(tmp_path)
+    assert len(rows_of(tmp_path, pattern="*.jsonl")) == 3
+
+
+def test_a_table_that_is_not_read_among_sources_is_left_out_and_counted(tmp_path):
+    for name in ("README.md", "main.py", "tests/data.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a, b\n")
+    counts = Counts()
+    assert len(list(iterate_rows(SourceConfig(str(tmp_path)), counts))) == 2
+    assert not_read(counts).startswith("1 tables left out (.csv")
+
+
+def test_the_file_that_decided_the_format_is_named(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [conversation("Q", "A")])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}])
+    with pytest.raises(
+        UserError, match=r"b\.jsonl:1: no column messages \(format messages, by .*a\.jsonl:1\); found text"
+    ):
+        documents_of(tmp_path)
+
+
+def test_a_link_is_read_as_its_own_name_says(tmp_path):
+    (tmp_path / "blob").write_text('{"text": "a"}\n')
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).symlink_to(tmp_path / "blob")
+    rows, text = (source_identity(SourceConfig(str(tmp_path / name))) for name in ("a.jsonl", "a.txt"))
+    assert rows != text
 
 
 def test_folder_of_source_files(tmp_path):
@@ -108,7 +209,11 @@ def test_folder_of_source_files(tmp_path):
     assert [row.fields["text"] for row in rows] == [
         f"text of {n}" for n in ("a.rs", "b.py", "package.json", "sub/c.md")
     ]
-    assert counts.skipped_files == 2
+    assert counts.skipped_files == 1 and counts.not_utf8 == [str(tmp_path / "old.c")]
+    assert (
+        not_read(counts)
+        == f"1 binary files skipped, 1 files skipped that are not UTF-8 (convert them), the first {tmp_path / 'old.c'}"
+    )
     assert [row.fields["text"] for row in rows_of(tmp_path, pattern="*.py")] == ["text of b.py"]
     with pytest.raises(UserError, match="pattern"):
         rows_of(tmp_path, pattern="*.java")
@@ -165,6 +270,11 @@ def test_hub_rows_are_streamed(monkeypatch):
     assert asked == {"path": "owner/name", "name": "small", "split": "test", "streaming": True}
 
 
+def test_hub_without_a_name():
+    with pytest.raises(UserError, match="hub:: no dataset is named; write hub:OWNER/NAME"):
+        rows_of("hub:")
+
+
 def test_hub_failure_is_one_line(monkeypatch):
     def load_dataset(*_, **__):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' doesn't exist\nmore")
@@ -172,9 +282,6 @@ def test_hub_failure_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"hub:owner/name.*doesn't exist"):
         rows_of("hub:owner/name")
-
-
-EXPECTED = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +300,52 @@ def test_formats_become_messages(tmp_path, name, row):
     assert documents_of(path)[0].messages == EXPECTED
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     assert documents_of(tmp_path / "a.parquet")[0].messages == EXPECTED
+
+
+def test_content_in_parts_is_one_text(tmp_path):
+    parts = [{"type": "text", "text": "Q"}, {"type": "text", "text": "\n?"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]}
+    for path in (write_jsonl(tmp_path / "a.jsonl", [row]), tmp_path / "a.parquet"):
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist([row]), path)
+        assert [message["content"] for message in documents_of(path)[0].messages] == ["Q\n?", "Q"]
+
+
+def calling(name, arguments):
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {
+        "messages": [EXPECTED[0], {"role": "assistant", "content": None, "tool_calls": [call]}, EXPECTED[1]],
+        "tools": [{"type": "function", "function": {"name": name, "parameters": {"properties": arguments}}}],
+    }
+
+
+def test_nones_that_parquet_puts_in_are_taken_out(tmp_path):
+    rows = [calling("weather", {"city": "Paris"}), calling("add", {"a": 1, "b": 2})]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    from_lines = documents_of(write_jsonl(tmp_path / "a.jsonl", rows))
+    for document, same in zip(documents_of(tmp_path / "a.parquet"), from_lines, strict=True):
+        assert (document.messages, document.tools) == (same.messages, same.tools)
+    given = documents_of(write_jsonl(tmp_path / "b.jsonl", [calling("find", {"limit": None})]))[0]
+    assert given.messages[1]["tool_calls"][0]["function"]["arguments"] == {"limit": None}  # meant so, in .jsonl
+
+
+def test_arguments_and_tools_written_as_json_become_objects(tmp_path):
+    row = calling("weather", json.dumps({"city": "Paris"}))
+    row["tools"] = [json.dumps(tool) for tool in calling("weather", {})["tools"]]
+    document = documents_of(write_jsonl(tmp_path / "a.jsonl", [row]))[0]
+    assert document.messages[1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Paris"}}
+    assert document.tools == calling("weather", {})["tools"]
+    flat = {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": ""}]}
+    document = documents_of(write_jsonl(tmp_path / "b.jsonl", [{"messages": [EXPECTED[0], flat]}]))[0]
+    assert document.messages[1] == flat | {"tool_calls": [{"name": "weather", "arguments": {}}], "content": ""}
+
+
+def test_answers_of_a_prompt_are_history(tmp_path):
+    row = {"prompt": [*EXPECTED, EXPECTED[0]], "completion": [EXPECTED[1]]}
+    path = write_jsonl(tmp_path / "a.jsonl", [row, {"prompt": EXPECTED, "completion": [EXPECTED[0]]}])
+    assert documents_of(path, limit=1)[0].first_answer == 3
+    with pytest.raises(UserError, match=r"a\.jsonl:2: no assistant message in the completion"):
+        documents_of(path)
 
 
 def test_alpaca_input_and_system(tmp_path):
@@ -215,7 +368,22 @@ def test_alpaca_input_and_system(tmp_path):
         ({"messages": [{"content": "Q"}]}, "role and content"),
         ({"messages": [EXPECTED[0], {"role": "assistant", "content": "x \ud83d y"}]}, "'\\ud83d' is half of a"),
         ({"messages": EXPECTED, "tools": [{"name": "\udc00"}]}, "'\\udc00' is half of a"),
-        ({"text": "a"}, "no column messages; found text"),
+        ({"text": "a"}, "no column messages (format messages, by "),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "message 1: content has a part that is no text",
+        ),
+        ({"messages": [{"role": "assistant", "content": []}]}, "message 1 has no content"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+            "write it as tool_calls",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": "f()"}]}, "message 1: tool_calls must be a list"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "a tool call has no name"),
+        (calling("f", "{"), "message 2: arguments of f: not valid JSON"),
+        (calling("f", "[1]"), "message 2: arguments of f are a JSON list, not an object"),
+        ({"messages": EXPECTED, "tools": "hello"}, "column tools: not valid JSON"),
+        ({"messages": EXPECTED, "tools": {"a": 1}}, "column tools is no list of JSON schemas"),
     ],
 )
 def test_bad_conversations_name_file_and_line(tmp_path, row, word):

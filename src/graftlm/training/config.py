@@ -22,7 +22,7 @@ class SourceConfig:
     """One source of training or evaluation data (an entry of data: or eval_data:)."""
 
     path: str
-    """A file (.txt, .md, .jsonl, .json, .parquet, with .gz or .zst), a folder of such or of source files, or
+    """A file (.parquet; .txt, .md, .jsonl, .json, with .gz or .zst), a folder of such or of source files, or
     hub:OWNER/NAME."""
     weight: float | None = None
     """Share of the mixture's tokens, in proportion to the other sources' weights; an epoch ends with the first source

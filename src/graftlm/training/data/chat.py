@@ -6,7 +6,10 @@ markers from rendering prefixes of the conversation, which is exact or refused, 
 """
 
 import contextlib
+import copy
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -17,6 +20,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from graftlm.errors import UserError
 from graftlm.training.data.formats import TEMPLATE_DATE, Conversation
+from graftlm.training.data.messages import with_stand_ins
 
 Span = tuple[int, int]
 """Start and end in characters of the rendered conversation."""
@@ -39,6 +43,15 @@ SAME_DAY = (
 """Before a template that asks for today, in the place of transformers' function: data must not depend on the day."""
 
 
+@dataclass(frozen=True)
+class Template:
+    """A chat template as it is rendered here."""
+
+    text: str
+    marked: bool
+    """The assistant's spans are those of its {% generation %} markers."""
+
+
 class ChatEncoder:
     """Encodes conversations with a tokenizer's chat template.
 
@@ -52,24 +65,44 @@ class ChatEncoder:
                 "chatml, or to a Jinja file"
             )
         self.tokenizer = tokenizer
-        self.template = tokenizer.get_chat_template()
         self._added = set(tokenizer.get_added_vocab())
-        if not has_generation_markers(self.template):
+        self._templates: dict[str, Template] = {}
+        if isinstance(tokenizer.chat_template, str):
+            self.template_of(None)  # so that what is wrong with it is said before a row is read
+
+    def template_of(self, tools: list[dict[str, Any]] | None) -> Template:
+        """Of a conversation with these tools: a tokenizer may have several templates, one of them for tools."""
+        try:
+            given = self.tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:
+            names = ", ".join(sorted(self.tokenizer.chat_template))
+            raise UserError(
+                f"chat_template: the tokenizer has several ({names}) and no default; set chat_template to a Jinja file"
+            ) from error
+        if given not in self._templates:
+            self._templates[given] = self._prepared(given)
+            if self._templates[given].marked:
+                self._check_end_of_turn(tools)
+        return self._templates[given]
+
+    def _prepared(self, template: str) -> Template:
+        if not has_generation_markers(template):
+            single = copy.copy(self.tokenizer)
+            single.chat_template = template
             # ValueError: a template that TRL does not know, so prefixes it is. TRL tries it on messages of its own,
             # which a template may refuse in other ways.
             with contextlib.suppress(*TEMPLATE_ERRORS):
-                self.template = get_training_chat_template(tokenizer) or self.template
-        if "strftime_now" in self.template:
-            self.template = SAME_DAY + self.template
+                template = get_training_chat_template(single) or template
+        if "strftime_now" in template:
+            template = SAME_DAY + template
         # transformers finds marked spans with character offsets, which only fast tokenizers give.
-        self.marked = has_generation_markers(self.template) and tokenizer.is_fast
-        if self.marked:
-            self._check_end_of_turn()
+        return Template(template, has_generation_markers(template) and self.tokenizer.is_fast)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Tokens]:
         """Ids and assistant masks of a batch. Raises UserError that names the conversation's file and line."""
-        find = self._spans_by_marker if self.marked else self._spans_by_prefix
-        found = [find(conversation) for conversation in conversations]
+        return self._tokens([self._rendered(conversation) for conversation in conversations], conversations)
+
+    def _tokens(self, found: Sequence[tuple[str, list[Span]]], conversations: Sequence[Conversation]) -> list[Tokens]:
         if not self.tokenizer.is_fast:
             return [
                 self._mask_by_tokens(*item, conversation)
@@ -83,21 +116,31 @@ class ChatEncoder:
             verbose=False,
         )
         return [
-            (np.asarray(ids, np.int32), _mask(np.asarray(offsets).reshape(-1, 2)[:, 0], spans))
-            for ids, offsets, (_, spans) in zip(batch["input_ids"], batch["offset_mapping"], found, strict=True)
+            (np.asarray(ids, np.int32), _mask(np.asarray(offsets).reshape(-1, 2), *item, conversation.where))
+            for ids, offsets, item, conversation in zip(
+                batch["input_ids"], batch["offset_mapping"], found, conversations, strict=True
+            )
         ]
+
+    def _rendered(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The text, and the spans of what is learnt of it."""
+        marked = self.template_of(conversation.tools).marked
+        text, spans = (self._spans_by_marker if marked else self._spans_by_prefix)(conversation)
+        self._check_tools(conversation, text)
+        return text, spans
 
     def _render(
         self, conversation: Conversation, messages: list[dict[str, Any]], *, prompt: bool = False
     ) -> tuple[str, list[Span]]:
         """The text of messages (prompt: with the generation prompt behind) and the marked spans, [] without markers."""
+        template = self.template_of(conversation.tools)
         options: dict[str, Any] = {
             **self.tokenizer.special_tokens_map,
             "conversations": [messages],
             "tools": conversation.tools,
-            "chat_template": self.template,
+            "chat_template": template.text,
             "add_generation_prompt": prompt,
-            "return_assistant_tokens_mask": self.marked,
+            "return_assistant_tokens_mask": template.marked,
         }
         try:
             rendered: Any = render_jinja_template(**options)
@@ -107,15 +150,42 @@ class ChatEncoder:
                 "or set chat_template"
             ) from error
         texts, spans = rendered
-        return texts[0], spans[0] if self.marked else []
+        return texts[0], spans[0] if template.marked else []
 
     def _spans_by_marker(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        return self._render(conversation, conversation.messages)
+        text, spans = self._render(conversation, conversation.messages)
+        history = conversation.messages[: conversation.first_answer]
+        if any(message["role"] == "assistant" for message in history):
+            before, _ = self._render(conversation, history)
+            if not text.startswith(before):
+                raise UserError(f"{conversation.where}: {REWRITES}")
+            spans = [span for span in spans if span[0] >= len(before)]
+        return text, spans
 
-    def _check_end_of_turn(self) -> None:
+    def _check_tools(self, conversation: Conversation, text: str) -> None:
+        """Refuse a conversation of which the template leaves out tools or calls: the model would learn to answer
+        nothing."""
+        messages, tools, names = with_stand_ins(conversation.messages, conversation.tools)
+        if not names:
+            return
+        try:
+            text, _ = self._render(dataclasses.replace(conversation, tools=tools), messages)
+            missing = [named for stand_in, named in names.items() if stand_in not in text]
+        except UserError:  # a template that goes by the tools' names: the real ones, though they may occur elsewhere
+            missing = [named for named in names.values() if named[1] not in text]
+        if missing:
+            what, name = missing[0]
+            raise UserError(
+                f"{conversation.where}: {what} {name} is left out by the chat template of "
+                f"{self.tokenizer.name_or_path or 'the tokenizer'}; set chat_template to a Jinja file that writes "
+                "tools and tool_calls, or remove them from the row"
+            )
+
+    def _check_end_of_turn(self, tools: list[dict[str, Any]] | None) -> None:
         """Refuse markers that close before the end-of-turn token: a model trained so never stops talking."""
         turns = [{"role": role, "content": "word"} for role in ("user", "assistant", "user")]
-        [(ids, mask)] = self.encode([Conversation(turns, None, 0, "chat_template")])
+        probe = Conversation(turns, tools, 0, "chat_template")
+        [(ids, mask)] = self._tokens([self._render(probe, turns)], [probe])
         after = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else len(ids)
         if after == len(ids):
             return
@@ -131,13 +201,13 @@ class ChatEncoder:
 
         A turn begins where the generation prompt ends and ends with its end-of-turn token; white space that a template
         adds behind that token is left out, since the model has stopped by then. An assistant message that opens the
-        conversation answers nothing: it is not supervised.
+        conversation answers nothing, and one of a prompt's history is no answer to learn: they are not supervised.
         """
         messages = conversation.messages
         text, _ = self._render(conversation, messages)
         spans = []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant" or i == 0:
+            if message["role"] != "assistant" or i < max(1, conversation.first_answer):
                 continue
             before, _ = self._render(conversation, messages[:i], prompt=True)
             through = text if i + 1 == len(messages) else self._render(conversation, messages[: i + 1])[0]
@@ -166,9 +236,24 @@ class ChatEncoder:
         return np.asarray(ids, np.int32), mask
 
 
-def _mask(starts: np.ndarray, spans: list[Span]) -> np.ndarray:
-    """Which tokens, by their first character [n], lie in a span."""
-    mask = np.zeros(len(starts), bool)
+def _mask(offsets: np.ndarray, text: str, spans: list[Span], where: str) -> np.ndarray:
+    """Which tokens, by their first and last characters [n, 2], lie in a span.
+
+    One that takes in white space before a span (a prompt that ends in a space, an answer's first word) is learnt whole:
+    the answer would lack its beginning otherwise. UserError where it takes in more of the prompt.
+    """
+    starts, ends = offsets.T
+    mask = np.zeros(len(offsets), bool)
     for start, end in spans:
-        mask |= (starts >= start) & (starts < end)
+        if start == end:
+            continue
+        # A token of no width at the border is the prompt's: a space, which some tokenizers trim off their offsets.
+        inside = (starts < end) & (ends > start)
+        for first in starts[inside & (starts < start)]:
+            if text[first:start].strip():
+                raise UserError(
+                    f"{where}: the tokenizer merges the prompt's {text[first:start]!r} with the answer's first word; "
+                    "put the border at white space or at a special token (in the chat template, or in the row)"
+                )
+        mask |= inside
     return mask

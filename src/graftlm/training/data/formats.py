@@ -6,20 +6,19 @@ sharegpt (conversations of from/value). Each becomes one of the two document cla
 
 import datetime
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from graftlm.errors import UserError
 from graftlm.training.config import SourceConfig
-from graftlm.training.data.readers import Row, check_characters, split_row
+from graftlm.training.data.messages import checked_messages, checked_tools, without_nones
+from graftlm.training.data.readers import Columns, Row, check_characters, split_row
 from graftlm.training.data.statistics import Counts
 
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 """What chat templates that write the day's date get for today, so that data do not depend on when they are prepared:
 the day that those of Llama 3 fall back on."""
-ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -40,6 +39,11 @@ COLUMNS = {
     "alpaca": ("instruction", "output"),
 }
 """Columns a format needs, in the order in which `auto` tries them (before text, whose column is text_field)."""
+OPTIONAL_COLUMNS = ("system", "input", "tools")
+"""Columns that conversations may have beside these."""
+CONVERSATIONS = 2
+"""Raised when rows of conversations become other tokens, or others of them count, than before: old caches are then not
+found. 2: content in parts, arguments as JSON, Nones of parquet, history in a prompt, white space before an answer."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class TextDocument:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with `role` and `content`; at least one from the assistant."""
+    """Messages with `role` and `content` (a text); at least one from the assistant."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
@@ -64,6 +68,15 @@ class Conversation:
     index: int
     """Number of the document in its source, from 0."""
     where: str
+    first_answer: int = 0
+    """Number of the message from which the assistant's are learnt: those before are the prompt's history."""
+
+
+def columns_of(format_name: str, source: SourceConfig) -> Columns:
+    """What of a row is looked at."""
+    if format_name == "text":
+        return Columns((source.text_field,))
+    return Columns(COLUMNS[format_name], OPTIONAL_COLUMNS)
 
 
 def detect_format(row: Row, source: SourceConfig, *, prefer_text: bool = False) -> str:
@@ -89,13 +102,16 @@ def iterate_documents(
     """Rows as documents. Texts of white space only are counted as empty and left out (they keep their number); long
     ones arrive in pieces (readers.PIECE_CHARACTERS)."""
     counts = counts if counts is not None else Counts()
-    index = -1
+    index, decided = -1, None
+    needed = columns_of(format_name, source).needed
     if format_name == "text":
         rows = itertools.chain.from_iterable(split_row(row, source.text_field) for row in rows)
     for row in rows:
         index += row.first
+        decided = decided or row.where
+        _check_columns(row, needed, source, format_name, decided)
         if format_name == "text":
-            text = _column(row, source.text_field, source)
+            text = row.fields[source.text_field]
             if not isinstance(text, str):
                 raise UserError(
                     f"{row.where}: column {source.text_field} is {type(text).__name__}, not text; mend the row"
@@ -113,25 +129,36 @@ def _columns(row: Row) -> str:
     return ", ".join(map(str, row.fields)) or "none"
 
 
-def _column(row: Row, name: str, source: SourceConfig) -> Any:
-    if name not in row.fields:
-        option = "text_field or format" if name == source.text_field else "format"
-        raise UserError(f"{row.where}: no column {name}; found {_columns(row)}; mend the row, or set {option}")
-    return row.fields[name]
+def _check_columns(row: Row, needed: tuple[str, ...], source: SourceConfig, format_name: str, decided: str) -> None:
+    """decided: where the row is whose columns gave the format, if it is `auto`."""
+    missing = [name for name in needed if name not in row.fields]
+    if missing:
+        option = "text_field or format" if missing[0] == source.text_field else "format"
+        by = f" (format {format_name}, by {decided})" if source.format == "auto" and decided != row.where else ""
+        raise UserError(
+            f"{row.where}: no column {missing[0]}{by}; found {_columns(row)}; mend the row, or set {option}"
+            + (", or a pattern for the files" if by else "")
+        )
 
 
 def _conversation(row: Row, source: SourceConfig, format_name: str, index: int) -> Conversation:
-    values = [_column(row, name, source) for name in COLUMNS[format_name]]
-    system = row.fields.get("system") if format_name in ("alpaca", "sharegpt") else None
+    needed, optional = columns_of(format_name, source)
+    fields = {name: row.fields.get(name) for name in (*needed, *optional)}
+    if row.padded:
+        fields = {name: without_nones(value) for name, value in fields.items()}
+    values = [fields[name] for name in needed]
+    system = fields["system"] if format_name in ("alpaca", "sharegpt") else None
+    history = 0
     messages: Any
     if format_name == "messages":
         messages = values[0]
     elif format_name == "sharegpt":
         messages = _from_sharegpt(values[0], row.where)
     elif format_name == "prompt_completion":
-        messages = _as_turns(values[0], "user", row.where) + _as_turns(values[1], "assistant", row.where)
+        prompt = _as_turns(values[0], "user", row.where)
+        messages, history = prompt + _as_turns(values[1], "assistant", row.where), len(prompt)
     else:
-        asked = {"instruction": values[0], "input": row.fields.get("input")}
+        asked = {"instruction": values[0], "input": fields["input"]}
         for name, part in asked.items():
             if not isinstance(part, str | None):
                 raise UserError(f"{row.where}: column {name} is {type(part).__name__}, not text; mend the row")
@@ -139,9 +166,12 @@ def _conversation(row: Row, source: SourceConfig, format_name: str, index: int) 
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": values[1]}]
     if system:
         messages = [{"role": "system", "content": system}, *messages]
-    found = Conversation(_checked(messages, row.where), _tools(row), index, row.where)
-    check_characters([found.messages, found.tools], row.where)
-    return found
+    messages, tools = checked_messages(messages, row.where), checked_tools(fields["tools"], row.where)
+    if all(message["role"] != "assistant" for message in messages[history:]):
+        part = " in the completion" if history else ""
+        raise UserError(f"{row.where}: no assistant message{part}, so nothing to learn; mend or remove the row")
+    check_characters([messages, tools], row.where)
+    return Conversation(messages, tools, index, row.where, history)
 
 
 def _from_sharegpt(turns: Any, where: str) -> list[dict[str, Any]]:
@@ -168,36 +198,3 @@ def _as_turns(value: Any, role: str, where: str) -> list[dict[str, Any]]:
     if isinstance(value, list):
         return value
     raise UserError(f"{where}: prompt and completion must be text or lists of messages, not {type(value).__name__}")
-
-
-def _tools(row: Row) -> list[dict[str, Any]] | None:
-    tools = row.fields.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{row.where}: column tools is not valid JSON ({error.msg}); mend or remove it") from error
-    return tools or None
-
-
-def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
-    """The messages without the Nones that parquet puts in for missing keys; UserError if they are no conversation."""
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: no messages; give a list with at least one user and one assistant message")
-    cleaned = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or "role" not in message:
-            raise UserError(f"{where}: message {number} needs the keys role and content; mend the row")
-        if message["role"] not in ROLES:
-            raise UserError(
-                f"{where}: message {number}: unknown role {message['role']!r}; known are {', '.join(ROLES)}"
-            )
-        message = {key: value for key, value in message.items() if value is not None}
-        if "content" not in message and message.get("tool_calls"):
-            message["content"] = ""
-        if not isinstance(message.get("content"), str | list):
-            raise UserError(f"{where}: message {number} has no content; mend or remove the row")
-        cleaned.append(message)
-    if all(message["role"] != "assistant" for message in cleaned):
-        raise UserError(f"{where}: no assistant message, so nothing to learn; mend or remove the row")
-    return cleaned

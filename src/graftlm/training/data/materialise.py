@@ -79,17 +79,9 @@ def _source_blocks(
     key: dict[str, Any] = {"fraction": fraction} if fraction else {}
     rule = HoldOutRule(fraction)
     train, held, counts = _cached(pipeline, rule, key, fingerprint, progress)
-    if fraction and not held and counts.documents > 1:
-        # Few documents, and the hash picked none: take the one it comes closest to, of those that have blocks.
-        whole, closest = (train, held, counts), sorted(range(1, counts.documents + counts.empty), key=hold_out_score)
-        for turn, chosen in enumerate(closest):
-            if turn and not _has_blocks(pipeline, chosen):  # the first nearly always has, and costs no reading more
-                continue
-            train, held, counts = _cached(pipeline, chosen.__eq__, key | {"chosen": chosen}, fingerprint, progress)
-            if held:
-                break
-        else:
-            train, held, counts = whole
+    documents = counts.documents + counts.held_out_documents + counts.empty
+    if fraction and documents - counts.empty > 1 and not (held and train):
+        train, held, counts = _one_held_back(pipeline, documents, key, fingerprint, progress)
     if not len(train):
         raise nothing_left(pipeline, counts)
     sizes = train.sizes()
@@ -109,9 +101,20 @@ def _source_blocks(
     return SourceBlocks(train, sizes[:keep], train, np.arange(keep, len(train)), counts)
 
 
-def _has_blocks(pipeline: SourcePipeline, number: int) -> bool:
-    """False for a document that is empty or was dropped."""
-    return any(pipeline.blocks(Counts(), number.__eq__, only="held_out"))
+def _one_held_back(
+    pipeline: SourcePipeline, documents: int, key: dict[str, Any], fingerprint: str, progress: bool
+) -> tuple[BlockFile, BlockFile, Counts]:
+    """Where documents are few and the hash has picked none, or all: the one it comes closest to is held back, of those
+    that have blocks, and none where only one has any."""
+
+    def without(number: int) -> tuple[BlockFile, BlockFile, Counts]:
+        return _cached(pipeline, number.__eq__, key | {"chosen": number}, fingerprint, progress)
+
+    split = without(min(range(1, documents), key=hold_out_score))  # nearly always has blocks, as have the others
+    if split[0] and split[1]:
+        return split
+    usable = sorted(pipeline.documents_with_blocks(), key=lambda number: (number == 0, hold_out_score(number)))
+    return without(usable[0]) if len(usable) > 1 else _cached(pipeline, HoldOutRule(), {}, fingerprint, progress)
 
 
 def evaluation_blocks(pipeline: SourcePipeline, progress: bool) -> SourceBlocks:

@@ -4,7 +4,8 @@ Each source is packed on its own and whole blocks are interleaved. So a source's
 mixed with: its cache serves every mixture and every set of weights, and no block mixes sources by accident. Weights are
 shares of TOKENS, not of blocks or documents. An epoch ends when the first source has no block left; from the others it
 takes what their weights allow: a random sample of their blocks, and the next epoch goes on with the others (map-style),
-or their beginning (streaming). Without weights an epoch is every block of every source (map-style).
+or their beginning (streaming). So every source must have a block, which those who call see to. Without weights an epoch
+is every block of every source (map-style).
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,7 @@
 """One source from its rows to its blocks: read, convert, hold back, tokenise, pack. Caching and streaming share it."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,10 +12,10 @@ from graftlm.errors import UserError
 from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.training.data.chat import ChatEncoder
 from graftlm.training.data.encode import Encoded, encode_conversations, encode_texts
-from graftlm.training.data.formats import detect_format, iterate_documents
+from graftlm.training.data.formats import CONVERSATIONS, columns_of, detect_format, iterate_documents
 from graftlm.training.data.packing import Block, ConversationPacker, TextPacker
 from graftlm.training.data.sources import iterate_rows, source_identity
-from graftlm.training.data.statistics import Counts
+from graftlm.training.data.statistics import Counts, not_read
 
 HeldOut = Callable[[int], bool]
 """Whether the document of this number is held back for evaluation."""
@@ -50,7 +51,7 @@ class SourcePipeline:
         row = next(iterate_rows(self.source, counts), None)
         if row is None:
             which = f" of {self.source.half} number" if self.source.half else ""
-            skipped = f" ({counts.skipped_files} binary files skipped)" if counts.skipped_files else ""
+            skipped = f" ({not_read(counts)})" if not_read(counts) else ""
             raise UserError(
                 f"data: {self.source.path}: no document in it{which}{skipped}; name another file, folder or pattern"
             )
@@ -68,6 +69,7 @@ class SourcePipeline:
         return {
             "source": source_identity(self.source),
             "format": self.format,
+            **({} if self.task == "cpt" else {"conversations": CONVERSATIONS}),
             **{name: getattr(self.config, name) for name in names},
         }
 
@@ -92,6 +94,17 @@ class SourcePipeline:
             for block in packer.finish():
                 yield held, block
 
+    def documents_with_blocks(self) -> list[int]:
+        """The numbers of the documents that give a block by themselves: one that is empty or dropped does not."""
+        found = []
+        documents = self._encoded(Counts(), HoldOutRule(), None)
+        for number, pieces in itertools.groupby(documents, key=lambda encoded: encoded.index):
+            packer = self._packer(Counts())
+            # All of its pieces are read, for the next document comes after them.
+            blocks = sum(sum(1 for _ in packer.add(piece)) for piece in pieces) + sum(1 for _ in packer.finish())
+            found += [number] if blocks else []
+        return found
+
     def _packer(self, counts: Counts) -> TextPacker | ConversationPacker:
         config = self.config
         if self.task == "cpt":
@@ -102,9 +115,8 @@ class SourcePipeline:
         )
 
     def _encoded(self, counts: Counts, held_out: HeldOut, only: str | None) -> Iterator[Encoded]:
-        documents: Iterator[Any] = iterate_documents(
-            iterate_rows(self.source, counts), self.source, self.format, counts
-        )
+        rows = iterate_rows(self.source, counts, columns_of(self.format, self.source))
+        documents: Iterator[Any] = iterate_documents(rows, self.source, self.format, counts)
         if only is not None:
             wanted = only == "held_out"
             documents = (document for document in documents if held_out(document.index) is wanted)

@@ -7,25 +7,27 @@ import contextlib
 import gzip
 import io
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from graftlm.errors import UserError
+from graftlm.training.data.compressed import COMPRESSED_SUFFIXES, KINDS, TORN, open_text
+from graftlm.training.data.json_rows import json_rows
 
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
-COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 PIECE_CHARACTERS = 2**17
 """A text longer than this is handed on in pieces cut at paragraph borders: bounds memory, feeds every tokeniser
 thread."""
 PARQUET_ROWS = 32
 """Rows decoded at a time; a row may be a whole book."""
+PARQUET_BUFFER = 2**20
+"""Bytes of a column that are read at a time; without it Arrow holds the row group, which may be the whole file."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ class Row:
     """False for the later pieces of a document."""
     last: bool = True
     """False for every piece of a document but its last."""
+    padded: bool = False
+    """Nones within it stand for missing keys, for all rows of its table have the same ones."""
+
+
+class Columns(NamedTuple):
+    """What is looked at of a row, so that a table's other columns need not be decoded."""
+
+    needed: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
 
 def suffix(path: Path) -> str:
@@ -96,28 +107,33 @@ def check_characters(value: Any, where: str) -> None:
         ) from error
 
 
-def read_file(path: Path, text_field: str, *, table: bool) -> Iterator[Row]:
-    """The rows of a .jsonl, .json or .parquet file (`table`), or any other file as one text document."""
+def read_file(path: Path, text_field: str, *, table: bool, columns: Columns | None = None) -> Iterator[Row]:
+    """The rows of a .jsonl, .json or .parquet file (`table`), or any other file as one text document. columns: the only
+    ones that are wanted; others may come all the same."""
     if not table:
         rows = _read_text(path, text_field)
     elif suffix(path) == ".parquet":
-        rows = _read_parquet(path)
+        rows = _read_parquet(path, columns)
     else:
         rows = _read_json(path)
     with _plain_errors(path), _plain_os_errors(path):
         yield from rows
 
 
-def is_text(path: Path) -> bool:
-    """Whether the whole file is UTF-8 without NUL bytes (folders hold images and archives too)."""
+def kind_of(path: Path) -> Literal["text", "binary", "other encoding"]:
+    """What a whole file of a folder is: UTF-8 without NUL bytes, or none (an image, an archive), or text in another
+    encoding, which a person would miss."""
     try:
-        with _plain_os_errors(path), _open(path) as file:
+        with _plain_os_errors(path), open_text(path) as file:
             while chunk := file.read(PIECE_CHARACTERS):
                 if "\0" in chunk:
-                    return False
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error):
-        return False
-    return True
+                    return "binary"
+    except UnicodeDecodeError as error:
+        utf16 = error.object.startswith((b"\xff\xfe", b"\xfe\xff"))
+        return "binary" if b"\0" in error.object and not utf16 else "other encoding"
+    except TORN:
+        return "binary"
+    return "text"
 
 
 @contextlib.contextmanager
@@ -128,8 +144,9 @@ def _plain_errors(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path}: not UTF-8 text ({error.reason}, byte {error.object[error.start]:#04x}); convert it to UTF-8"
         ) from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: torn or not gzip ({error}); fetch or compress it again") from error
+    except TORN as error:
+        kind = KINDS.get(path.suffix.lower(), "compressed")
+        raise UserError(f"{path}: torn or not {kind} ({error}); fetch or compress it again") from error
     except pa.ArrowInvalid as error:
         raise UserError(
             f"{path}: torn or not parquet ({str(error).splitlines()[0]}); fetch or write it again"
@@ -146,20 +163,8 @@ def _plain_os_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path and its rights") from error
 
 
-def _open(path: Path) -> IO[str]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    if path.suffix.lower() == ".zst":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise UserError(f"{path}: reading .zst needs a library; pip install zstandard") from error
-        return zstandard.open(path, "rt", encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig")
-
-
 def _read_text(path: Path, text_field: str) -> Iterator[Row]:
-    with _open(path) as file:
+    with open_text(path) as file:
         first = True
         for piece, last in pieces(file.read, PIECE_CHARACTERS):
             if "\0" in piece:
@@ -169,81 +174,21 @@ def _read_text(path: Path, text_field: str) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """JSON lines, or one array of objects (told apart by the first character)."""
-    with _open(path) as file:
-        start = file.read(1)
-        while start.isspace() and start != "\n":
-            start = file.read(1)
-        if start == "[":
-            yield from _json_array(file, path)
-            return
-        line = start if start == "\n" else start + file.readline()
+    with open_text(path) as file:
+        for fields, line in json_rows(file, path):
+            yield Row(fields, f"{path}:{line}")
+
+
+def _read_parquet(path: Path, columns: Columns | None) -> Iterator[Row]:
+    if path.suffix.lower() in COMPRESSED_SUFFIXES:
+        raise UserError(f"{path}: parquet is compressed within and not read from {path.suffix}; unpack it")
+    with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
+        names = file.schema_arrow.names
+        wanted = None
+        if columns is not None and all(name in names for name in columns.needed):  # else: all, to say what there is
+            wanted = [name for name in names if name in columns.needed or name in columns.optional]
         number = 0
-        while line:
-            number += 1
-            yield Row(_json_object(line, f"{path}:{number}"), f"{path}:{number}")
-            line = file.readline()
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    if not line.strip():
-        raise UserError(f"{where}: empty line; remove it")
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); mend or remove it") from error
-    return _checked_object(value, where)
-
-
-def _checked_object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{where}: a JSON object is needed, not a {type(value).__name__}; write {{...}} with the columns"
-        )
-    return value
-
-
-def _json_array(file: IO[str], path: Path) -> Iterator[Row]:
-    """Objects of `[{...}, {...}]`, decoded one by one from a buffer, so that a large array is never held whole."""
-    decoder, buffer, line = json.JSONDecoder(), "", 1
-    closed, separated = False, True
-    while True:
-        body = buffer.lstrip()
-        line += buffer.count("\n", 0, len(buffer) - len(body))
-        buffer = body
-        where = f"{path}:{line}"
-        if closed and buffer:
-            raise UserError(f"{where}: text after the closing ]; remove it, or write one object a line (.jsonl)")
-        if buffer[:1] == "]":
-            closed, buffer = True, buffer[1:]
-            continue
-        if buffer[:1] == "," and not separated:
-            separated, buffer = True, buffer[1:]
-            continue
-        try:
-            if not buffer or not separated:
-                raise json.JSONDecodeError("a comma or ] is missing", buffer, 0)
-            value, end = decoder.raw_decode(buffer)
-        except json.JSONDecodeError as error:
-            # The object may go on beyond the buffer; reading as much again keeps the work linear.
-            more = file.read(max(PIECE_CHARACTERS, len(buffer))) if separated or not buffer else ""
-            if more:
-                buffer += more
-                continue
-            if closed:
-                return
-            at = line + buffer.count("\n", 0, error.pos)
-            raise UserError(f"{path}:{at}: not valid JSON ({error.msg}); mend the array") from error
-        yield Row(_checked_object(value, where), where)
-        separated = False
-        line += buffer.count("\n", 0, end)
-        buffer = buffer[end:]
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    with pq.ParquetFile(path) as file:
-        number = 0
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
             for fields in batch.to_pylist():
                 number += 1
-                yield Row(fields, f"{path}: row {number}")
+                yield Row(fields, f"{path}: row {number}", padded=True)

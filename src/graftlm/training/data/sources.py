@@ -7,23 +7,28 @@ from typing import Any
 from graftlm.content import digest, file_content
 from graftlm.errors import UserError
 from graftlm.training.config import SourceConfig
-from graftlm.training.data.readers import ROW_SUFFIXES, Row, is_text, read_file, suffix
+from graftlm.training.data.readers import ROW_SUFFIXES, Columns, Row, kind_of, read_file, suffix
 from graftlm.training.data.statistics import Counts
 
 HUB_PREFIX = "hub:"
 
+SETTINGS = ".json"
+"""Holds rows only where all files of a folder do: among source files it is a settings file."""
 OTHER_TABLES = (".csv", ".tsv", ".arrow", ".feather", ".xlsx")
 SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
 """By which a folder of datasets.save_to_disk is known."""
+ABOUT = ("readme", "license", "licence")
+"""How files begin that lie beside tables to say what they are."""
 
 
-def iterate_rows(source: SourceConfig, counts: Counts | None = None) -> Iterator[Row]:
-    """Stream the rows of `source`, at most `limit` documents of it; binary files of a folder are counted and skipped.
+def iterate_rows(source: SourceConfig, counts: Counts | None = None, columns: Columns | None = None) -> Iterator[Row]:
+    """Stream the rows of `source`, at most `limit` documents of it; what is left out of a folder is counted. columns:
+    those that are wanted, if they are known.
 
     A text file longer than readers.PIECE_CHARACTERS arrives as several rows (Row.first, Row.last).
     """
     counts = counts if counts is not None else Counts()
-    rows = _hub_rows(source) if source.path.startswith(HUB_PREFIX) else _file_rows(source, counts)
+    rows = _hub_rows(source) if source.path.startswith(HUB_PREFIX) else _file_rows(source, counts, columns)
     documents = 0
     for row in rows:
         documents += row.first
@@ -34,7 +39,29 @@ def iterate_rows(source: SourceConfig, counts: Counts | None = None) -> Iterator
 
 
 def list_files(source: SourceConfig) -> list[Path]:
-    """The files of a local source, sorted; hidden ones are left out of folders."""
+    """The files of a local source that are read (but for binary ones), sorted."""
+    return _files(source)[0]
+
+
+def _files(source: SourceConfig) -> tuple[list[Path], int, int]:
+    """Those, and how many were left out: that only tell about a folder's tables, and tables in forms that are not read
+    among a folder's texts. Hidden ones are no matter."""
+    found = _found(source)
+    if Path(source.path).expanduser().is_file():
+        return found, 0, 0
+    rest = [file for file in found if suffix(file) in ROW_SUFFIXES or not file.name.lower().startswith(ABOUT)]
+    kinds = {suffix(file) for file in rest}
+    if kinds & set(ROW_SUFFIXES) - {SETTINGS}:
+        rest = [file for file in rest if suffix(file) != ".md"]
+    elif kinds - {SETTINGS, *OTHER_TABLES}:  # texts, such as sources, among which a table is a detail
+        texts = [file for file in found if suffix(file) not in OTHER_TABLES]
+        return texts, 0, len(found) - len(texts)
+    elif kinds != {SETTINGS}:  # _check_readable refuses those
+        return found, 0, 0
+    return rest, len(found) - len(rest), 0
+
+
+def _found(source: SourceConfig) -> list[Path]:
     path = Path(source.path).expanduser()
     if path.is_file():
         return [path]
@@ -67,7 +94,14 @@ def source_identity(source: SourceConfig) -> dict[str, Any]:
     if source.path.startswith(HUB_PREFIX):
         return identity | {"hub": source.path, "name": source.name, "split": source.split}
     stats = [(file, file.stat()) for file in list_files(source)]
-    return identity | {"files": [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]}
+    tables = _tables([file for file, _ in stats])
+    return identity | {
+        # A link's name, not that of what it points to, says how a file is read.
+        "files": [
+            [str(file.resolve()), stat.st_size, stat.st_mtime_ns] + ([] if file in tables else ["text"])
+            for file, stat in stats
+        ]
+    }
 
 
 def source_content(source: SourceConfig) -> str | None:
@@ -92,38 +126,49 @@ def _check_readable(source: SourceConfig, files: list[Path]) -> None:
             f"data: {source.path}: written by datasets.save_to_disk, which is not read; write it once more with "
             f'datasets.load_from_disk("{source.path}").to_parquet("data.parquet")'
         )
-    if files and all(suffix(file) in OTHER_TABLES for file in files):
-        kind = suffix(files[0])
-        how = f'datasets.Dataset.from_csv("{files[0].name}").to_parquet("data.parquet")'
+    other = [file for file in files if suffix(file) in OTHER_TABLES]
+    if other:
+        kind = suffix(other[0])
+        how = f'datasets.Dataset.from_csv("{other[0].name}").to_parquet("data.parquet")'
         raise UserError(
-            f"data: {source.path}: {kind} is not read; write it as .jsonl or .parquet"
+            f"data: {other[0]}: {kind} is not read; write it as .jsonl or .parquet"
             + (f", e.g. with {how}" if kind in (".csv", ".tsv") else "")
+            + (", or leave it out with pattern" if len(other) < len(files) else "")
         )
 
 
-def _file_rows(source: SourceConfig, counts: Counts) -> Iterator[Row]:
-    files = list_files(source)
+def _tables(files: list[Path]) -> set[Path]:
+    """Which of the files of a source are read as rows, the others as texts."""
+    if all(suffix(file) in ROW_SUFFIXES for file in files):
+        return set(files)
+    return {file for file in files if suffix(file) in ROW_SUFFIXES and suffix(file) != SETTINGS}
+
+
+def _file_rows(source: SourceConfig, counts: Counts, columns: Columns | None) -> Iterator[Row]:
+    files, counts.files_about_tables, counts.tables_left_out = _files(source)
     _check_readable(source, files)
     single = Path(source.path).expanduser().is_file()
-    # A .json among source files is a settings file, not a table: it holds rows only where all files do.
-    tables = all(suffix(file) in ROW_SUFFIXES for file in files)
-    table_suffixes = ROW_SUFFIXES if tables else tuple(name for name in ROW_SUFFIXES if name != ".json")
+    tables = _tables(files)
     for file in files:
-        table = suffix(file) in table_suffixes
-        if single or table or is_text(file):
-            yield from read_file(file, source.text_field, table=table)
-        else:
+        kind = "text" if single or file in tables else kind_of(file)
+        if kind == "text":
+            yield from read_file(file, source.text_field, table=file in tables, columns=columns)
+        elif kind == "binary":
             counts.skipped_files += 1
+        else:
+            counts.not_utf8.append(str(file))
 
 
 def _hub_rows(source: SourceConfig) -> Iterator[Row]:
     import datasets
 
     repository = source.path.removeprefix(HUB_PREFIX)
+    if not repository.strip("/ "):
+        raise UserError(f"data: {source.path}: no dataset is named; write {HUB_PREFIX}OWNER/NAME")
     try:
         dataset = datasets.load_dataset(repository, source.name, split=source.split, streaming=True)
         for number, fields in enumerate(dataset, start=1):
-            yield Row(fields, f"{source.path} ({source.split}): row {number}")
+            yield Row(fields, f"{source.path} ({source.split}): row {number}", padded=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -17,6 +17,12 @@ class Counts:
     """Documents without text, left out."""
     skipped_files: int = 0
     """Binary files of a folder, left out."""
+    not_utf8: list[str] = field(default_factory=list)
+    """Text files of a folder in another encoding, left out."""
+    files_about_tables: int = 0
+    """README, LICENSE and .md files beside a folder's tables, left out."""
+    tables_left_out: int = 0
+    """Tables in forms that are not read among a folder's texts."""
     truncated_documents: int = 0
     """Conversations cut at max_length."""
     truncated_tokens: int = 0
@@ -88,9 +94,26 @@ def left_out(paths: Sequence[str], counts: Sequence[Counts]) -> list[str]:
     notes = []
     for path, count in zip(paths, counts, strict=True):
         said = {
-            "binary files skipped": count.skipped_files,
             "documents without text left out": count.empty,
             "conversations dropped (too long, or no supervised token left)": count.dropped,
         }
         notes += [f"{path}: {number} {what}" for what, number in said.items() if number]
+        notes += [f"{path}: {what}" for what in [not_read(count)] if what]
     return notes
+
+
+def not_read(count: Counts) -> str:
+    """Words on the files of a folder that are not read; empty where all are."""
+    parts = [
+        f"{count.skipped_files} binary files skipped" if count.skipped_files else "",
+        f"{len(count.not_utf8)} files skipped that are not UTF-8 (convert them), the first {count.not_utf8[0]}"
+        if count.not_utf8
+        else "",
+        f"{count.files_about_tables} README, LICENSE or .md files beside tables left out"
+        if count.files_about_tables
+        else "",
+        f"{count.tables_left_out} tables left out (.csv and the like; written as .jsonl or .parquet they are read)"
+        if count.tables_left_out
+        else "",
+    ]
+    return ", ".join(part for part in parts if part)

@@ -14,7 +14,7 @@ from graftlm.training.data.materialise import nothing_left
 from graftlm.training.data.mixture import interleave
 from graftlm.training.data.packing import Block
 from graftlm.training.data.pipeline import HoldOutRule, SourcePipeline
-from graftlm.training.data.statistics import Counts, DataStatistics, truncation
+from graftlm.training.data.statistics import Counts, DataStatistics, left_out, truncation
 
 SAMPLE_BLOCKS = 64
 """Blocks of a stream that are looked at beforehand, for the shares that are printed."""
@@ -64,15 +64,20 @@ def prepare_stream(
     streams = [partial(_training_blocks, pipeline, rule) for pipeline in pipelines]
     train = StreamedBlocks(streams, weights, config.seed)
     sampled = StreamedBlocks([partial(s, c) for s, c in zip(streams, counts, strict=True)], weights, config.seed)
-    sample = [block for _, block in itertools.islice(sampled.blocks(), SAMPLE_BLOCKS)]
-    if not sample:
-        raise nothing_left(pipelines[0], counts[0])
+    taken = list(itertools.islice(sampled.blocks(), SAMPLE_BLOCKS))
+    for number in set(range(len(streams))) - {source for source, _ in taken}:
+        # A source without a block would end every pass where it is asked for its first.
+        alone = Counts()
+        if next(streams[number](alone), None) is None:
+            raise nothing_left(pipelines[number], alone)
+    sample = [block for _, block in taken]
 
     evaluation, notes = None, [f"streaming: shares and counts are those of the first {len(sample)} blocks"]
     if evaluated or fraction:
         kept = [first_blocks(pipeline, rule) for pipeline in evaluated or pipelines]
         evaluation = evaluation_dataset(kept, config.eval_data or config.data, config.eval_max_blocks)
         notes += not_evaluated(kept, config.eval_data or config.data, evaluation)
+    notes += left_out([source.path for source in config.data], counts)
     tokens = sum(len(block) for block in sample)
     supervised = sum(block.supervised_tokens for block in sample)
     statistics = DataStatistics(
