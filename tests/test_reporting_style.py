@@ -34,6 +34,10 @@ def test_lines_that_coincide_are_all_seen():
     widths = [line["linewidth"] for line in order]
     assert widths == sorted(widths, reverse=True) and len(set(widths)) == 3
     assert lines({"alone": RUN})["alone"]["linestyle"] == "-"
+    many = lines(colours([str(number) for number in range(9)]))
+    seen = [(line["color"], line["linestyle"]) for line in many.values()]
+    assert len(set(seen)) == 9 and len({line["linewidth"] for line in many.values()}) == 2
+    assert [dash for _, dash in seen[:5]] == ["-"] * 5  # no colour has come again
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ STRONG, WEAK = "#009E73", "#AA4499"
 _OTHERS = ("#CC79A7", "#8C6D00", "#009E73", "#882255", "#000000")
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 _WIDEST, _THINNEST = 4.4, 1.6
+_FEW = 4
+"""Lines of a plot of which each may look as it likes."""
 NARROW = 3
 """Times its lowest value that the highest of a logarithmic axis must be."""
 INK, FAINT = "#22262b", "#e3e5e8"
@@ -52,18 +54,22 @@ def lines(chosen: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """How a line is drawn for each label of `chosen` (its colour): so that lines that coincide are all seen.
 
     The first is wide and solid, each later one above it, thinner, and dashed in a way of its own; a control comes
-    first. No two labels have both colour and dash in common, as far as there are dashes.
+    first. Of many, only the first is wide, and only colours that come again are dashed. No two labels have both colour
+    and dash in common, as far as there are dashes.
     """
     order = sorted(chosen, key=lambda label: chosen[label] != CONTROL)
+    few = len(order) <= _FEW
     step = min(0.9, (_WIDEST - _THINNEST) / max(1, len(order) - 1))
     made: dict[str, dict[str, Any]] = {}
     taken: set[tuple[str, Any]] = set()
     for place, label in enumerate(order):
         colour = chosen[label]
-        turned = [*_DASHES[place % len(_DASHES) :], *_DASHES[: place % len(_DASHES)]]
+        first = place % len(_DASHES) if few else 0
+        turned = [*_DASHES[first:], *_DASHES[:first]]
         dash = next((one for one in turned if (colour, one) not in taken), turned[0])
         taken.add((colour, dash))
-        look = {"color": colour, "linewidth": _THINNEST + step * (len(order) - 1 - place), "linestyle": dash}
+        width = _THINNEST + step * (len(order) - 1 - place) if few else (_THINNEST if place else 2 * _THINNEST)
+        look = {"color": colour, "linewidth": width, "linestyle": dash}
         made[label] = {**look, "zorder": 2 + place / len(order), "label": label}
     return {label: made[label] for label in chosen}
 
