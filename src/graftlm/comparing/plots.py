@@ -46,13 +46,13 @@ def _curves(summary: dict[str, Any], x: Literal["tokens", "seconds"], path: Path
     )
     axes, look = made.subplots(), lines(_colours(summary))
     for arm in arms:
-        at = [i for i, tokens in enumerate(arm["curve"]["tokens"]) if round(tokens) in shared]
-        curve = {key: [values[i] for i in at] for key, values in arm["curve"].items()}
+        curve, line = arm["curve"], look[arm["name"]]
         if ends:
-            last = (arm["curve"][key][-1:] for key in (x, "loss"))
-            axes.plot(*last, "o", markersize=7, color=look[arm["name"]]["color"], label=arm["name"])
+            axes.plot(curve[x][-1:], curve["loss"][-1:], "o", markersize=7, color=line["color"], label=arm["name"])
         else:
-            axes.plot(curve[x], curve["loss"], marker="o", markersize=3.5, **look[arm["name"]])
+            at = [i for i, tokens in enumerate(curve["tokens"]) if round(tokens) in shared]
+            xs, losses = ([curve[key][i] for i in at] for key in (x, "loss"))
+            axes.plot(xs, losses, marker="o", markersize=3.5, **line)
     style(axes, xlabel=XLABELS[x], ylabel="loss (nats per token)")
     if x == "tokens":
         count_axis(axes)

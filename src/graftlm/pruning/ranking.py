@@ -16,12 +16,14 @@ def uniform_counts(target: Target) -> dict[str, int]:
     }
 
 
-def uniform_as_published(target: Target, sparsity: float) -> dict[str, int]:
-    """As uniform_counts, where `sparsity` is the share of every block's components that goes."""
+def uniform_as_published(target: Target) -> dict[str, int]:
+    """As uniform_counts, where the target's sparsity is the share of every block's components that goes."""
     return {
         name: count
         for sizes in target.sizes
-        for name, count in zip(sizes.names, published(sizes, sizes.counts, [sparsity] * len(sizes.names)), strict=True)
+        for name, count in zip(
+            sizes.names, published(sizes, sizes.counts, [target.sparsity] * len(sizes.names)), strict=True
+        )
     }
 
 

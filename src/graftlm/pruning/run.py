@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from transformers import PreTrainedModel
 
 from graftlm.configuring import load_sources
 from graftlm.errors import UserError
@@ -70,7 +69,9 @@ def run_prune(
     check_out(out)
     sources = [source for named in data for source in load_sources(named)]
     tokenizer = load_tokenizer(model_name, trust_remote_code=trust_remote_code)
-    _check_target(load_skeleton(model_name, trust_remote_code=trust_remote_code), settings)
+    skeleton = load_skeleton(model_name, trust_remote_code=trust_remote_code)
+    if skeleton is not None:  # before data and weights are read
+        check(skeleton, settings)
     calibration = calibration_from(tokenizer, settings, sources, progress=progress)
     model = load_model(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer)
@@ -115,13 +116,6 @@ def check_out(out: Path) -> None:
                 f"{out}: holds {others[0]} beside a pruned model, which would be deleted with it; move it away, or "
                 "give another --out"
             )
-
-
-def _check_target(skeleton: PreTrainedModel | None, settings: PruneSettings) -> None:
-    """Raise UserError for a family or a size that cannot be, before data and weights are read. None: read first."""
-    if skeleton is None:
-        return
-    check(skeleton, settings)
 
 
 def _loss(model: nn.Module, calibration: TextCalibration) -> float | None:

@@ -217,7 +217,7 @@ def prune(
     before = Before.of(model)
     blocks = prunable_blocks(model)
     target = find_target(model, settings, uniform=True)
-    counts = uniform_counts(target) if settings.exact else uniform_as_published(target, settings.sparsity or 0.0)
+    counts = uniform_counts(target) if settings.exact else uniform_as_published(target)
     targets = {block.name: 1 - counts[block.name] / block.components for block in blocks}
     sizes = {block.name: block.components * component_cost(model, block) for block in blocks}
     began = time.perf_counter()

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from graftlm.activations import MODEL_INPUTS, no_logits
-from graftlm.anatomy import decoder_layers, linear
+from graftlm.anatomy import SLICED, decoder_layers, linear
 from graftlm.errors import UserError
 from graftlm.parts import count_parameters
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
@@ -152,7 +152,7 @@ def _width(config: PretrainedConfig, wanted: int) -> int:
 
 def _sliced_config(config: PretrainedConfig, width: int) -> PretrainedConfig:
     given: dict[str, Any] = config.to_dict()
-    family = str(given.pop("model_type")).removeprefix("sliced_")
+    family = str(given.pop("model_type")).removeprefix(SLICED)
     for key in ("auto_map", "architectures", "per_layer_config"):
         given.pop(key, None)
     norm_size = given.get("norm_size") or given["hidden_size"]
