@@ -15,13 +15,13 @@ from graftlm.configuring import load_config
 from graftlm.pruning.prune import prune
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-COMPARED = sorted(path for path in FOLDER.glob("*/config.yaml") if "variants:" in path.read_text())
+COMPARED = sorted(path for path in FOLDER.glob("*/*.yaml") if "variants:" in path.read_text())
 PRUNING = [path for path in COMPARED if {"prune", "shrink"} & set(yaml.safe_load(path.read_text()))]
 COMPARISONS = [path for path in COMPARED if path not in PRUNING]
 RUNS = sorted(set(FOLDER.glob("*/*.yaml")) - set(COMPARED))
 
 
-@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_comparison(path):
     found = load_comparison(path)
     assert found.controls and len(found.arms) > 1
@@ -29,7 +29,7 @@ def test_comparison(path):
     assert found.settings.results and (FOLDER.parent / found.settings.results).parent == FOLDER / "results"
 
 
-@pytest.mark.parametrize("path", PRUNING, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", PRUNING, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_comparison_of_pruning(path, tmp_path):
     assert path.parent.name.startswith("adapt_")  # the other paper's tables have numbers, too
     text = tmp_path / "text.txt"
@@ -70,7 +70,7 @@ def test_adapt_accel_and_prune_then_train_see_the_same_tokens():
         assert len(tokens) == 1
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_run(path):
     load_config(path)
 
