@@ -208,8 +208,9 @@ def test_the_same_bytes_read_otherwise_are_other_content(texts, tmp_path):
 def test_items_survive_a_loader_worker(texts, tmp_path):
     data = prepare(run_config(texts, cache=tmp_path, max_length=64, document_boundaries=True))
     again = pickle.loads(pickle.dumps(data.train))
-    assert len(again) == len(data.train)
-    for a, b in zip(again, data.train, strict=False):
+    items = [[source[i] for i in range(len(source))] for source in (again, data.train)]
+    assert items[1]
+    for a, b in zip(*items, strict=True):
         assert {key: value.tolist() for key, value in a.items()} == {key: value.tolist() for key, value in b.items()}
 
 

@@ -120,6 +120,19 @@ def test_flood_of_output_is_not_collected():
     assert not run(text, seconds=1)
 
 
+def test_limits_stand_behind_the_filter():
+    """As the kernel tells them: soft and hard are the same, so the program cannot raise them."""
+    text = """
+        import re
+        limits = dict(re.findall(r"^Max ([a-z ]+?)  +(\\w+ +\\w+)", open("/proc/self/limits").read(), re.M))
+        expected = {"cpu time": 2, "address space": 2**29, "data size": 2**29, "open files": 32, "file size": 0,
+                    "core file size": 0, "processes": 0}
+        for name, limit in expected.items():
+            assert limits[name].split() == [str(limit)] * 2, (name, limits[name])
+        """
+    assert run(text, seconds=2, memory=2**29)
+
+
 def test_environment_is_empty(monkeypatch):
     monkeypatch.setenv("SECRET_OF_THE_USER", "x")
     assert run("import os\nassert 'SECRET_OF_THE_USER' not in os.environ\nassert os.listdir('.') == []")

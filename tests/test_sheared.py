@@ -16,6 +16,7 @@ from graftlm.pruning.methods.sheared import _backward, _rate, gate_rate, learn_m
 from graftlm.pruning.prune import prune
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks
+from graftlm.pruning.targets import find_target
 
 
 def calibration(iteration: int):
@@ -120,8 +121,12 @@ def test_gates_close_what_does_nothing():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_target_is_met_and_layers_are_alike(family):
+    target = find_target(tiny_model(family), chosen(), uniform=True)
     pruned = prune(tiny_model(family), chosen(), calibration)
     assert len(set(pruned.shapes)) == 1
+    wanted = pruned.original_parameters - target.original + target.budget
+    # Within a channel of every layer.
+    assert wanted - target.sizes[1].one_step * len(pruned.shapes) < pruned.parameters <= wanted
     assert pruned.parameters == sum(p.numel() for p in pruned.model.parameters())
     assert not type(pruned.model).__name__.startswith("PerLayer") or family in ("phi3", "olmo2")
     assert "steps, loss" in pruned.notes[0]

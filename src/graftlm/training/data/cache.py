@@ -19,7 +19,7 @@ from graftlm.training.data.formats import TEMPLATE_DATE
 from graftlm.training.data.packing import Block
 from graftlm.training.data.statistics import Counts
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised when the same settings give other blocks than before: old caches are then not found."""
 BATCH_TOKENS = 2**20
 """Tokens of one Arrow record batch, about: what the writer holds in memory."""
