@@ -167,7 +167,6 @@ def test_a_split_that_is_left_out_leaves_every_bit_of_weights_and_moments():
     apex.splitter._tolerance = -10.0
     weights = copied(model.state_dict())
 
-
     def moments():
         own = {name: p for name, p in model.named_parameters() if not name.startswith("apex.")}  # operators begin anew
         states = {name: optimizer.state[p] for name, p in own.items() if p in optimizer.state}

@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from graftlm.files import read_json
 from graftlm.models import needs_code
 
 PAPER = "https://arxiv.org/abs/2505.24241"
@@ -25,6 +26,12 @@ def load_snippet(model: str, *, trust: bool = False) -> str:
         f"model = AutoModelForCausalLM.from_pretrained({given})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({given})"
     )
+
+
+def load_snippet_of(folder: Path) -> str:
+    """load_snippet of the model in `folder`, whose config says whether it comes with a Python file."""
+    config = folder / "config.json"
+    return load_snippet(str(folder), trust=config.is_file() and "auto_map" in read_json(config))
 
 
 def commands(run: Path) -> list[tuple[str, str]]:

@@ -101,7 +101,7 @@ def _context(folder: Path, told: dict[str, Any], plots: dict[str, Plot]) -> dict
         "settings": [(key, flow(value)) for key, value in _resolved(told["settings"]).items()],
         "environment": flatten(told["environment"]),
         "commands": nextsteps.after_pruning(folder),
-        "load": nextsteps.load_snippet(str(folder), trust="auto_map" in read_json(folder / "config.json")),
+        "load": nextsteps.load_snippet_of(folder),
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.configuring import config_to_dict
-from graftlm.files import read_json, write_text
+from graftlm.files import write_text
 from graftlm.reporting import figures, nextsteps
 from graftlm.reporting.page import as_yaml, differences, flatten, picture, template
 from graftlm.reporting.plots import draw
@@ -50,7 +50,6 @@ def _context(data: RunData) -> dict[str, Any]:
     control = data.control.outcome if data.control is not None else None
     rows = figures.comparison(outcome, control)
     plots = {path.stem: picture(path, ALT[path.stem]) for path in draw(data)}
-    model = str(data.folder / "model")
     gap = outcome.get("fused_max_abs_logit_difference")
     return {
         "run": str(data.folder),
@@ -79,17 +78,11 @@ def _context(data: RunData) -> dict[str, Any]:
         "config": as_yaml(data.config) if data.config else "",
         "environment": flatten(data.environment),
         "reproduce": nextsteps.reproduce(data.folder),
-        "load": nextsteps.load_snippet(model, trust=_own_class(data.folder / "model")),
+        "load": nextsteps.load_snippet_of(data.folder / "model"),
         "commands": nextsteps.commands(data.folder),
         "paper": nextsteps.PAPER,
         "citation": nextsteps.CITATION,
     }
-
-
-def _own_class(model: Path) -> bool:
-    """Whether stock transformers needs the Python file in the folder."""
-    config = model / "config.json"
-    return config.exists() and "auto_map" in read_json(config)
 
 
 def _cards(outcome: dict[str, Any], control: dict[str, Any] | None) -> list[dict[str, str]]:

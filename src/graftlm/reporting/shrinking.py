@@ -92,7 +92,6 @@ def _context(
     given = {key: value for key, value in values.items() if key not in known or known[key] is not None}
     before, after = figures.count(summary["original_parameters"]), figures.count(summary["parameters"])
     model = folder / "model"
-    trust = (model / "config.json").is_file() and "auto_map" in read_json(model / "config.json")
     return {
         "folder": str(folder),
         "title": f"{Path(summary['model']).name}: {before} → {after} parameters",
@@ -109,7 +108,7 @@ def _context(
         "config": as_yaml(values),
         "environment": flatten(run.environment),
         "reproduce": nextsteps.reproduce(folder, "shrink"),
-        "load": nextsteps.load_snippet(str(model), trust=trust),
+        "load": nextsteps.load_snippet_of(model),
         "commands": nextsteps.commands(folder),
     }
 
