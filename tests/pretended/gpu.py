@@ -13,7 +13,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C import TensorBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
@@ -55,15 +56,6 @@ class OnGpu(Tensor):
         return made
 
     # What torch answers by looking into memory.
-    @property
-    def data(self):
-        return self.detach()
-
-    @data.setter
-    def data(self, value):
-        torch.Tensor.data.__set__(self, value)  # its shape
-        self.held = value.held
-
     def untyped_storage(self) -> Any:
         return self.held.untyped_storage()
 
@@ -154,13 +146,29 @@ class _Dispatch(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+def _put(tensor: Tensor, value: Tensor) -> None:
+    """tensor.data = value, which may bring it to the GPU."""
+    if isinstance(tensor, OnGpu) != isinstance(value, OnGpu):
+        fresh = OnGpu(value.held.detach()) if isinstance(value, OnGpu) else value.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        torch.utils.swap_tensors(tensor, nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh)
+        return
+    TensorBase.data.__set__(tensor, value)
+    if isinstance(tensor, OnGpu) and isinstance(value, OnGpu):
+        tensor.held = value.held
+
+
 class _Functions(TorchFunctionMode):
-    """torch.tensor(..., device="cuda"), which writes into memory itself."""
+    """What writes into memory itself: torch.tensor(..., device="cuda"), and positions that are lists."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and is_gpu(kwargs.get("device")):
             return func(*args, **{**kwargs, "device": "cpu"}).to(GPU)
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], OnGpu):
+            given = args[1] if isinstance(args[1], tuple) else (args[1],)
+            positions = tuple(torch.tensor(list(one)) if isinstance(one, list | range) else one for one in given)
+            args = (args[0], positions, *args[2:])
         return func(*args, **kwargs)
 
 
@@ -194,7 +202,8 @@ def pretended_gpu() -> Iterator[None]:
         # One stream of random numbers, the CPU's.
         stack.enter_context(mock.patch.object(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state()))
         stack.enter_context(mock.patch.object(torch.cuda, "get_rng_state_all", lambda: [torch.get_rng_state()]))
-        stack.enter_context(mock.patch.object(torch.cuda, "set_rng_state", lambda state, *_: torch.set_rng_state(state)))
+        stack.enter_context(mock.patch.object(torch.cuda, "set_rng_state", lambda new, *_: torch.set_rng_state(new)))
+        stack.enter_context(mock.patch.object(Tensor, "data", property(TensorBase.data.__get__, _put), create=True))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda self, *_: self))
         no_triton = mock.Mock(side_effect=lambda name, *rest: None if name == "triton" else real_spec(name, *rest))
         stack.enter_context(mock.patch.object(importlib.util, "find_spec", no_triton))

@@ -34,7 +34,7 @@ from graftlm.evaluation.run import run_evaluation  # noqa: E402
 from graftlm.generation import generate_text  # noqa: E402
 from graftlm.methods import METHODS  # noqa: E402
 from graftlm.methods.adapter_settings import LoraSettings, ReloraSettings  # noqa: E402
-from graftlm.methods.sparse_settings import ReweightingSettings, S2ftSettings  # noqa: E402
+from graftlm.methods.sparse_settings import LiftSettings, ReweightingSettings, S2ftSettings  # noqa: E402
 from graftlm.models import load_model, load_tokenizer, to_gpu  # noqa: E402
 from graftlm.pruning.prune import prune  # noqa: E402
 from graftlm.pruning.run import run_prune  # noqa: E402
@@ -77,9 +77,9 @@ def trained(folder: Path, apex: dict[str, Any] | None = None, **changes: Any) ->
     return losses(folder / "run")
 
 
-def resumed(folder: Path) -> Found:
+def resumed(folder: Path, **changes: Any) -> Found:
     """Stopped in the fifth step, two after a checkpoint."""
-    settings: dict[str, Any] = {"max_steps": 6, "save_steps": 2}
+    settings: dict[str, Any] = {"max_steps": 6, "save_steps": 2, **changes}
     step, done = RunTrainer.training_step, 0
 
     def until_the_fifth(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -105,7 +105,7 @@ def pruned(folder: Path, method: str = "adapt", family: str = "llama", **given: 
     done = prune(model, settings, lambda i: batches(2, rows=4, seed=i + 1))
     where = {tensor.device for tensor in (*done.model.parameters(), *done.model.buffers())}
     assert where == {next(model.parameters()).device} if method == "shortgpt" else len(where) == 1, where
-    weights = (float(parameter.double().norm()) for parameter in done.model.parameters())
+    weights = (float(parameter.detach().double().norm()) for parameter in done.model.parameters())
     return {"parameters": done.parameters, **{f"weight {i}": norm for i, norm in enumerate(weights)}}
 
 
@@ -146,6 +146,7 @@ def measured(folder: Path) -> Found:
 # -- what there is, by name -------------------------------------------------------------------------------------------
 
 LORA = {"lora": LoraSettings(rank=4), "relora": ReloraSettings(interval=3, warmup=1)}
+FUSED = "adamw_torch_fused"
 SCENARIOS: dict[str, Callable[[Path], Found]] = {
     "apex": trained,
     "resumed": resumed,
@@ -153,12 +154,18 @@ SCENARIOS: dict[str, Callable[[Path], Found]] = {
     "pruned by command": pruned_by_command,
     "shrunk with apex": partial(shrunk, recovery="apex"),
     "shrunk": shrunk,
+    # whose state has its count of steps on the GPU, too
+    "fused resumed": partial(resumed, optim=FUSED),
+    "fused shrunk": partial(shrunk, keep_moments=True, train={"optim": FUSED}),
+    "fused apex start=split": partial(trained, optim=FUSED, apex={"start": "split", "split_tolerance": 5.0}),
+    "fused relora": partial(trained, method="relora", optim=FUSED, **LORA),
+    "fused lift": partial(trained, method="lift", optim=FUSED, lift=LiftSettings(rank=4, interval=2)),
     "full": partial(trained, method="full"),
-    "bf16": partial(trained, bf16=True, optim="adamw_torch_fused"),
+    "bf16": partial(trained, bf16=True, optim=FUSED),
     "bfloat16": partial(trained, dtype="bfloat16", apex={"trains": "half"}),
     "checkpointing": partial(trained, gradient_checkpointing=True),
     "documents": partial(trained, document_boundaries=True),
-    "distilled": partial(trained, method="full", distillation=DistillationConfig(teacher="original")),
+    "distilled": partial(trained, method="full", distillation=DistillationConfig(teacher="tiny-llama", weight=0.5)),
     "adafactor": partial(trained, optim="adafactor"),
     "sgd": partial(trained, optim="sgd"),
     **{f"method {name}": partial(trained, method=name, **LORA) for name in METHODS},
