@@ -1,6 +1,6 @@
 """Speed and memory on one GPU, every way of training on the same batches, in parts of at most ten minutes each.
 
-    python benchmarks/gpu.py full --model 1.1b --rows 8      # APEX over plain training; MFU; assessment apart
+    python benchmarks/gpu.py full --model 1.1b --rows 2      # APEX over plain training; MFU; assessment apart
     python benchmarks/gpu.py sweep --model 1.1b              # the same from 256 to 65,536 tokens a step
     python benchmarks/gpu.py autograd --model 1.1b           # expansion by autograd: the oracle, and concatenating
     python benchmarks/gpu.py small --model 8b --budget 0.024 # small regime over LoRA, DoRA and S2FT's way
@@ -124,13 +124,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "all"])
     add_options(parser)
-    parser.set_defaults(model=None, length=4096, rows=8, autocast=None, dtype=None)
+    parser.set_defaults(model=None, length=4096, rows=None, autocast=None, dtype=None)
     options = parser.parse_args()
     chosen, result = argparse.Namespace(**vars(options)), {}
     for part in PARTS if options.part == "all" else [options.part]:
         options = argparse.Namespace(**vars(chosen))
         in_small = part == "small"
         options.model = options.model or ("8b" if in_small else "1.1b")
+        options.rows = options.rows or (1 if in_small else 2)
         options.dtype = options.dtype or ("bfloat16" if in_small else "float32")
         options.autocast = not in_small if options.autocast is None else options.autocast
         options.budget = options.budget or (0.024 if in_small else None)

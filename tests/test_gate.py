@@ -1,10 +1,12 @@
 """The fused gate against the model's own two operations, by itself, as a Triton kernel, and inside models."""
 
 import copy
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from graftlm.apex_config import ApexConfig
 from graftlm.errors import UserError
 from graftlm.gate import gated_product, name_of
 from graftlm.samples import Samples, count_tokens, find_samples
+from graftlm.triton_kernels import triton_works
 
 ORACLES = {
     "silu": F.silu,
@@ -329,3 +332,25 @@ def test_bad_interval():
 def test_count_tokens_of_a_plain_batch():
     assert count_tokens({"input_ids": torch.zeros(2, 5)}) == 10
     assert Samples(2, 2, 5).tokens == 10
+
+
+@pytest.mark.parametrize("switch, told", [(None, "python3-dev"), ("0", "")])
+def test_triton_that_cannot_compile_is_gone_without(switch, told, monkeypatch, caplog):
+    """It builds a part of itself at first use; in its place PyTorch's own operations do."""
+
+    class Broken:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "triton.runtime", SimpleNamespace(driver=Broken()))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    if switch:
+        monkeypatch.setenv("GRAFTLM_TRITON", switch)
+    triton_works.cache_clear()
+    try:
+        assert not triton_works() and not triton_works()
+    finally:
+        triton_works.cache_clear()
+    assert told in caplog.text and len(caplog.records) == (1 if told else 0)

@@ -129,7 +129,8 @@ class DistilledLoss(FusedLoss):
         if not self._model.training:
             return super()._sum(hidden, weight, targets)
         assert self._given is not None
-        self._teacher.to(hidden.device)  # type: ignore[arg-type]
+        if self._teacher.device != hidden.device:
+            self._teacher.to(hidden.device)  # type: ignore[arg-type]
         with torch.no_grad():
             inputs = {key: value for key, value in self._given.items() if key not in NOT_THE_TEACHERS}
             seen = self._teacher.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, -2)  # [T, d']

@@ -6,7 +6,6 @@ computed again there. On a CPU the values are those of the two plain operations,
 Shapes: B rows, S positions, T = B * S tokens, n samples, F channels.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.samples import Samples
+from graftlm.triton_kernels import triton_works
 
 CHUNK = 2**19
 """Values that a CPU takes at a time: few enough to stay in its cache, many enough that calls do not count."""
@@ -87,7 +87,7 @@ def gated_product(
 
 
 def _on_gpu(gate: Tensor) -> bool:
-    return gate.is_cuda and gate.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return gate.is_cuda and gate.dtype != torch.float64 and triton_works()
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -156,6 +156,6 @@ def plain_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> t
 
 def _chunks(flat: Tensor) -> list[slice]:
     """Rows of [T, F] to take at a time. In 32s: rounding then is that of one call over all of them, since only a last
-    part of a vector is computed otherwise than the rest."""
-    rows = max(32, CHUNK // flat.shape[1] // 32 * 32)
+    part of a vector is computed otherwise than the rest. All at once on a GPU, which a cache is no matter of."""
+    rows = max(1, len(flat)) if flat.is_cuda else max(32, CHUNK // flat.shape[1] // 32 * 32)
     return [slice(start, min(start + rows, len(flat))) for start in range(0, max(1, len(flat)), rows)]

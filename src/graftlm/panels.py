@@ -4,7 +4,6 @@ A panel is a matrix's share of those components, [slots, k, other], whichever si
 k = components * head_dim (or channels), other = the weight's other dimension (1 for a bias).
 """
 
-import importlib.util
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from graftlm.triton_kernels import triton_works
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class Place:
 
 def _kernels(tensors: Sequence[Tensor]) -> Any:
     """The GPU kernels that serve many matrices in one launch, where there is something for them to do."""
-    if len(tensors) == 1 or not tensors[0].is_cuda or importlib.util.find_spec("triton") is None:
+    if len(tensors) == 1 or not tensors[0].is_cuda or not triton_works():
         return None
     from graftlm import panel_kernels
 

@@ -64,8 +64,8 @@ def overlap(p: Tensor, n: Tensor) -> tuple[float, float]:
 
 
 def measure(p: Tensor, n: Tensor) -> Subspaces:
-    """P's and N's vectors [k, d], of any dtype, measured in float64."""
-    p, n = p.double(), n.double()
+    """P's and N's vectors [k, d], of any dtype, measured in float64; on the CPU, since GPUs are slow at it."""
+    p, n = p.cpu().double(), n.cpu().double()
     both = torch.linalg.svdvals(torch.cat([p, n]))
     of_p, of_n = torch.linalg.svdvals(p), torch.linalg.svdvals(n)
     least = SMALL * both.max()

@@ -6,7 +6,6 @@ same, operation by operation, and its results are the CPU's. What it cannot show
 """
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -194,7 +193,6 @@ ANSWERS: dict[str, Any] = {
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[None]:
     """In it torch has a GPU, and moves models and tensors there. gpu.cpp must have been loaded before torch."""
-    real_spec = importlib.util.find_spec
     swap = torch.__future__.get_swap_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
         for name, answer in ANSWERS.items():
@@ -205,8 +203,6 @@ def pretended_gpu() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.cuda, "set_rng_state", lambda new, *_: torch.set_rng_state(new)))
         stack.enter_context(mock.patch.object(Tensor, "data", property(TensorBase.data.__get__, _put), create=True))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda self, *_: self))
-        no_triton = mock.Mock(side_effect=lambda name, *rest: None if name == "triton" else real_spec(name, *rest))
-        stack.enter_context(mock.patch.object(importlib.util, "find_spec", no_triton))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # a thread of its own has no modes
         stack.enter_context(_Dispatch())
         stack.enter_context(_Functions())

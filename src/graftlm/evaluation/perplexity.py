@@ -54,7 +54,10 @@ def evaluate_perplexity(
     """
     documents = _read_documents(path, limit)
     max_length = _context_length(model, max_length)
-    settings: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "add_bos_token": False}
+    # So many windows at a time as have logits of LOGITS_AT_MOST in all; how many changes a number by rounding alone.
+    affordable = max(1, LOGITS_AT_MOST // (4 * model.config.get_text_config().vocab_size * max_length))
+    settings: dict[str, Any] = {"max_length": max_length, "batch_size": min(batch_size, affordable)}
+    settings["add_bos_token"] = False
     with harness_model(model, tokenizer, **settings, progress=progress, answers=answers) as lm:
         lengths = [len(lm.tok_encode(document)) for document in documents]
         documents = [document for document, length in zip(documents, lengths, strict=True) if length]

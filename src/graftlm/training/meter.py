@@ -42,9 +42,10 @@ class Meter:
         if self._clock is None:
             self._clock = time.perf_counter()
 
-    def stop(self) -> None:
+    def stop(self, *, wait: bool = True) -> None:
+        """wait: until a GPU has done what it was given; else what is left of it counts with what comes next."""
         if self._clock is not None:
-            if torch.cuda.is_available():
+            if wait and torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.seconds += time.perf_counter() - self._clock
             self._clock = None

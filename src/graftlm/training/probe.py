@@ -6,6 +6,7 @@ number, the LM head by its rows, both by floating-point operations where rows ha
 
 import contextlib
 import dataclasses
+import gc
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -289,6 +290,11 @@ def measure(
                 setattr(probe, name, min(t[name] for t in times))
         finally:
             run.close()
+            del run
+            gc.collect()  # hooks hold it in circles
+            if device.type == "cuda":  # the run's peak is its own
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
     for name, power in NARROWED.items():
         setattr(probe, name, getattr(probe, name) * narrowing**power)
     return probe

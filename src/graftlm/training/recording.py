@@ -36,17 +36,19 @@ class Recording(TrainerCallback):
         trainer = self._trainer
         if trainer.method is not None:
             trainer.method.after_step(state.global_step)
-        trainer.meter.stop()
-        trainer.display.step(state.global_step)
         step = state.global_step
         due = step in trainer.eval_at or (trainer.eval_every and step % trainer.eval_every == 0)
         last = step == trainer.last_step
+        saving = last or (trainer.save_every and step % trainer.save_every == 0)
+        # A wait after every step would leave a GPU idle until it has been told of the next one.
+        trainer.meter.stop(wait=bool(due or saving))
+        trainer.display.step(step)
         if step < state.max_steps:  # at the end of a phase too, for the next
             trainer.update_weights()
         if due and not last:
             trainer.evaluate_now("periodic")
         # The last step too: whatever then goes wrong with saving the model (a full disk), the training is not lost.
-        if last or (trainer.save_every and step % trainer.save_every == 0):
+        if saving:
             control.should_save = True
         if last:  # which may be before max_steps, in a phase of a longer run
             control.should_training_stop = True

@@ -35,6 +35,8 @@ from graftlm.pruning.targets import asked_parameters
 MANY = 20
 """Calibration tokens for each dimension, below which a note asks for more."""
 
+AT_ONCE = 2**27
+"""Values of a matrix that are held in float64 at a time."""
 SHORTCUTS = ("attention_shortcut", "feed_forward_shortcut")
 
 
@@ -79,9 +81,11 @@ def folded(model: PreTrainedModel) -> PreTrainedModel:
             eye = torch.eye(model.config.hidden_size, dtype=model.dtype, device=next(layer.parameters()).device)
             layer.register_parameter(shortcut, nn.Parameter(eye))
     for index, half, module in _readers(model):
-        _replace(module, module.weight.double() * _norm_weight(model.get_submodule(f"{path}.{index}.{NORMS[half]}")))
+        scale = _norm_weight(model.get_submodule(f"{path}.{index}.{NORMS[half]}"))
+        _replace(module, _by_rows(module.weight, lambda rows, scale=scale: rows * scale))
     head: Any = model.get_output_embeddings()
-    _replace(head, head.weight.double() * _norm_weight(_final_norm(model)))  # a parameter of its own from here on
+    last = _norm_weight(_final_norm(model))
+    _replace(head, _by_rows(head.weight, lambda rows: rows * last))  # a parameter of its own from here on
     return rebuilt(model, _sliced_config(model.config, model.config.hidden_size), lambda _, tensor: tensor)
 
 
@@ -94,7 +98,7 @@ def absorb_rotations(wide: PreTrainedModel, batches: list[Batch], width: int) ->
     written = _by_half(_writers(wide))
     old = principal_components(signals, masks)[:, :width]  # [hidden, width]
     embedding: Any = wide.get_input_embeddings()
-    _replace(embedding, embedding.weight.double() @ old)
+    _replace(embedding, _by_rows(embedding.weight, lambda rows: rows @ old))
     for index, layer in enumerate(layers):
         halves: list[Callable[..., Tensor]] = [
             lambda x, n, index=index, layer=layer: layer.attend(x, **given[n][index]),
@@ -114,7 +118,14 @@ def absorb_rotations(wide: PreTrainedModel, batches: list[Batch], width: int) ->
             layer.register_parameter(SHORTCUTS[half], nn.Parameter((old.T @ new).to(shortcut)))
             old = new
     head: Any = wide.get_output_embeddings()
-    _replace(head, head.weight.double() @ old)
+    _replace(head, _by_rows(head.weight, lambda rows: rows @ old))
+
+
+def _by_rows(weight: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`change` of the weight's rows in float64, in the weight's dtype, so many at a time as take little memory."""
+    return torch.cat(
+        [change(rows.double()).to(weight.dtype) for rows in weight.split(max(1, AT_ONCE // weight.shape[1]))]
+    )
 
 
 def principal_components(signals: list[Tensor], masks: list[Tensor]) -> Tensor:
