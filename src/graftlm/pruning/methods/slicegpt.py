@@ -82,10 +82,10 @@ def folded(model: PreTrainedModel) -> PreTrainedModel:
             layer.register_parameter(shortcut, nn.Parameter(eye))
     for index, half, module in _readers(model):
         scale = _norm_weight(model.get_submodule(f"{path}.{index}.{NORMS[half]}"))
-        _replace(module, _by_rows(module.weight, lambda rows, scale=scale: rows * scale))
+        _replace(module, _by_rows(module.weight, scale.mul))
     head: Any = model.get_output_embeddings()
     last = _norm_weight(_final_norm(model))
-    _replace(head, _by_rows(head.weight, lambda rows: rows * last))  # a parameter of its own from here on
+    _replace(head, _by_rows(head.weight, last.mul))  # a parameter of its own from here on
     return rebuilt(model, _sliced_config(model.config, model.config.hidden_size), lambda _, tensor: tensor)
 
 
