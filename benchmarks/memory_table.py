@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 from graftlm.configuring import load_config
 from graftlm.errors import UserError
 from graftlm.training.estimates import estimate
+from graftlm.training.memory import fits_gpu
 from graftlm.training.plan import load_skeleton
 
 # Hidden size, FFN channels, layers, heads, key-value heads, vocabulary.
@@ -43,12 +44,6 @@ WAYS = {
     ],
 }  # fmt: skip
 MEMORY = 80e9
-LEFT_ALONE = 2 * 2**30
-"""What CUDA and NCCL take beside tensors, roughly; another tenth goes to gaps between tensors."""
-
-
-def fits(peak: int) -> bool:
-    return 1.1 * peak + LEFT_ALONE <= MEMORY
 
 
 def peaks(shape: tuple[int, ...], settings: list[str], gpus: list[int]) -> list[dict[str, Any] | None]:
@@ -76,7 +71,7 @@ def cell(planned: dict[str, Any] | None) -> str:
     if planned is None:
         return "refused"
     peak = planned["estimated_peak_memory_bytes"]
-    return f"**{peak / 1e9:.1f}**" if fits(peak) else f"{peak / 1e9:.1f}"
+    return f"**{peak / 1e9:.1f}**" if fits_gpu(peak, MEMORY) else f"{peak / 1e9:.1f}"
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from graftlm.apex_config import ApexConfig
 from graftlm.errors import UserError
 from graftlm.models import load_model, load_tokenizer
 from graftlm.training import costs, estimates
+from graftlm.training import plan as plan_module
 from graftlm.training.config import DistributedConfig, RunConfig, SourceConfig
 from graftlm.training.control import control_config
 from graftlm.training.data import prepare_data
@@ -491,3 +492,12 @@ def test_estimates_come_close(tmp_path):
     guessed = planned["estimated_peak_memory_bytes"] - planned["memory"]["process"]
     assert 0.4 < guessed / added < 2
     assert 0.25 < planned["seconds_ratio"] < 4
+
+
+@pytest.mark.parametrize("peak, said", [(70, None), (72, "may not fit"), (81, "does not fit")])
+def test_a_gpu_needs_room_beside_tensors(peak, said, monkeypatch):
+    monkeypatch.setattr(plan_module, "machine_memory", lambda device: 80 * 10**9)
+    monkeypatch.setattr(plan_module, "remedies", lambda estimated: "")
+    layout = {"assumed": False, "device": "cuda"}
+    found = plan_module._warnings(tiny_model(), {"layout": layout, "estimated_peak_memory_bytes": peak * 10**9})
+    assert [said in warning for warning in found] == ([True] if said else [])

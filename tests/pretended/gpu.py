@@ -153,7 +153,7 @@ def _put(tensor: Tensor, value: Tensor) -> None:
         torch.utils.swap_tensors(tensor, nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh)
         return
     TensorBase.data.__set__(tensor, value)
-    if isinstance(tensor, OnGpu) and isinstance(value, OnGpu):
+    if isinstance(tensor, OnGpu):
         tensor.held = value.held
 
 

@@ -54,10 +54,9 @@ def evaluate_perplexity(
     """
     documents = _read_documents(path, limit)
     max_length = _context_length(model, max_length)
-    # So many windows at a time as have logits of LOGITS_AT_MOST in all; how many changes a number by rounding alone.
-    affordable = max(1, LOGITS_AT_MOST // (4 * model.config.get_text_config().vocab_size * max_length))
-    settings: dict[str, Any] = {"max_length": max_length, "batch_size": min(batch_size, affordable)}
-    settings["add_bos_token"] = False
+    windows = max(1, _affordable_tokens(model) // max_length)  # how many at a time changes a number by rounding alone
+    at_once = min(batch_size, windows)
+    settings: dict[str, Any] = {"max_length": max_length, "batch_size": at_once, "add_bos_token": False}
     with harness_model(model, tokenizer, **settings, progress=progress, answers=answers) as lm:
         lengths = [len(lm.tok_encode(document)) for document in documents]
         documents = [document for document, length in zip(documents, lengths, strict=True) if length]
@@ -102,14 +101,18 @@ def _read_documents(path: str | Path, limit: int | None) -> list[str]:
     return documents
 
 
+def _affordable_tokens(model: PreTrainedModel) -> int:
+    """Whose logits take LOGITS_AT_MOST in all."""
+    return LOGITS_AT_MOST // (4 * int(model.config.get_text_config().vocab_size))
+
+
 def _context_length(model: PreTrainedModel, asked: int | None) -> int:
-    config = model.config.get_text_config()
     longest = context_of(model)
     if asked is not None:
         if asked < 1 or (longest is not None and asked > longest):
             raise UserError(f"max_length: {asked} is not from 1 to {longest or 'any number'}, the model's context")
         return asked
-    affordable = LOGITS_AT_MOST // (4 * config.vocab_size)
+    affordable = _affordable_tokens(model)
     if longest is not None and longest <= affordable:
         return longest
     logger.warning("max_length: %d tokens, to save memory; set max_length for the model's whole context", affordable)

@@ -21,6 +21,8 @@ from graftlm.training.layout import Layout, run_device
 from graftlm.training.probe import Probe
 
 FLOAT32 = 4
+LEFT_ALONE = 2 * 2**30
+"""What CUDA and NCCL take of a GPU beside tensors, roughly; another tenth goes to gaps between tensors."""
 PANELS_AT_ONCE = 8
 """Times the panels of N that pulling gradients back takes for a moment."""
 
@@ -181,6 +183,11 @@ def process_memory(model: PreTrainedModel) -> int:
     for parameter in model.parameters():
         parameter.detach().view(-1)[:: 4096 // parameter.element_size()].sum()  # weights may not be read from disk yet
     return max(0, psutil.Process().memory_info().rss - weight_bytes(model))
+
+
+def fits_gpu(peak: int, memory: float) -> bool:
+    """Whether a planned peak of tensors goes into a GPU's memory (bytes) with LEFT_ALONE and a tenth for gaps."""
+    return 1.1 * peak + LEFT_ALONE <= memory
 
 
 def machine_memory(device: torch.device) -> int:

@@ -21,7 +21,7 @@ from graftlm.training.control import control_config
 from graftlm.training.data import prepare_data
 from graftlm.training.estimates import compare_plan, estimate, remedies
 from graftlm.training.layout import run_device
-from graftlm.training.memory import machine_memory
+from graftlm.training.memory import fits_gpu, machine_memory
 
 __all__ = ["compare_plan", "estimate", "plan"]
 
@@ -260,11 +260,11 @@ def _warnings(model: PreTrainedModel, planned: dict[str, Any]) -> list[str]:
     there = machine_memory(run_device(model))
     if planned["layout"]["device"] == "cpu":
         there //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # What CUDA takes for itself, and gaps between tensors, are not in the estimate (docs/memory.md).
-    usable = 0.9 * there - 2 * 2**30 if planned["layout"]["device"] == "cuda" else there
+    on_gpu = planned["layout"]["device"] == "cuda"
     return [
         f"{what} {'does not fit' if peak > there else 'may not fit'}: this machine has {figures.size(there)}"
         f"{remedies(estimated)}"
         for what, estimated in (("the run", planned), ("the control", planned.get("control")))
-        if estimated and (peak := estimated["estimated_peak_memory_bytes"]) > usable
+        if estimated
+        and ((peak := estimated["estimated_peak_memory_bytes"]) > there or (on_gpu and not fits_gpu(peak, there)))
     ]

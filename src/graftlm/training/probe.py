@@ -290,9 +290,9 @@ def measure(
                 setattr(probe, name, min(t[name] for t in times))
         finally:
             run.close()
-            del run
-            gc.collect()  # hooks hold it in circles
-            if device.type == "cuda":  # the run's peak is its own
+            if device.type == "cuda":  # the run has its memory to itself, and a peak of its own
+                del run
+                gc.collect()  # hooks hold it in circles
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
     for name, power in NARROWED.items():
