@@ -17,8 +17,8 @@ from graftlm.errors import UserError
 from graftlm.files import read_json, remove_folder, write_json, write_text
 from graftlm.identity import SETTINGS, same_settings
 from graftlm.reporting.rundata import read_run
+from graftlm.training.child import start_training
 from graftlm.training.config import RunConfig
-from graftlm.training.control import start_training
 
 BIG = ("model", "checkpoints", "activations.safetensors")
 """What of a run folder is deleted when its figures are kept elsewhere."""

@@ -65,8 +65,9 @@ def _train_with_control(config: RunConfig, run: Path, resume: bool) -> None:
             _train_one(config, resume=resume)
     summary = on_main(lambda: read_json(finished))
     if config.control and summary.get("control") is None:
+        starts = [stage["step"] for stage in summary["stages"]]
         with _other_processes(run):
-            summary["control"] = run_control(config, [stage["step"] for stage in summary["stages"]], resume=resume)
+            summary["control"] = run_control(config, starts, train_one, resume=resume)
         # The card first: a kill in between then leaves both to be done again.
         on_main(lambda: renew_card(summary, config, run / "model"))
         on_main(lambda: write_json(finished, summary))

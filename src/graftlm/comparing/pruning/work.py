@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shrink.config import load_shrink
 from graftlm.pruning.shrink.run import run_shrink
 from graftlm.pruning.targets import parameters_left
+from graftlm.training.child import end_with_parent
 from graftlm.training.config import SourceConfig
-from graftlm.training.control import end_with_parent
 
 
 def work(given: dict[str, Any], folder: Path) -> None:
@@ -77,7 +76,7 @@ def told(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     given = Path(arguments[0])
     try:
         work(read_json(given), given.parent)
