@@ -279,5 +279,5 @@ def test_layers_with_too_little_to_choose_from_are_left_out():
     assert len(list(read_anatomy(model, smallest=1).of_kind("channels"))) == 2
     left = read_anatomy(model)
     assert [block.layer for block in left.of_kind("channels")] == [1]
-    assert "channels: one channel in some layers, so there is no P and N to choose" in left.notes
+    assert "channels: one channel, so there is no P and N to choose; in 1 of 2 layers" in left.notes
     Apex(model, ApexConfig(k_heads=0.5), total_steps=3)

@@ -19,7 +19,7 @@ from graftlm.pruning.prune import prune
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_components
 
-AT_ONCE = PruneSettings(sparsity=0.4, preset="at-once")
+AT_ONCE = PruneSettings(sparsity=0.4, preset="at-once", heads_by="method")
 OTHERS = {
     "5 steps of 64": PruneSettings(sparsity=0.4, iterations=5, amplitude=0.2, samples=64),
     "50 steps of 10": PruneSettings(sparsity=0.4, iterations=50),

@@ -3,6 +3,7 @@
 Shapes: d = hidden size, H = query heads, G = key-value groups, D = head_dim, F = FFN width. nn.Linear stores [out, in].
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -344,6 +345,7 @@ def read_anatomy(model: nn.Module, *, smallest: int = 2) -> Anatomy:
     if attention is not None and attention.norms_over_all is None:
         attention = replace(attention, norms_over_all=_norms_over_all(model, layers, attention))
     blocks: list[Block] = []
+    why: list[str] = []  # of each layer that lacks a block
     for i, layer in enumerate(layers):
         prefix = f"{path}.{i}"
         if attention is not None and _has(layer, attention.values) and _has(layer, attention.output):
@@ -351,21 +353,24 @@ def read_anatomy(model: nn.Module, *, smallest: int = 2) -> Anatomy:
             if isinstance(block, Block):
                 blocks.append(block)
             else:
-                notes.append(block)
+                why.append(block)
         elif is_per_layer(_text_config(model)):
-            notes.append("heads: pruned away in some layers")
+            why.append("heads: pruned away")
         else:
-            notes.append("heads: no value and output projections of a known name")
+            why.append("heads: no value and output projections of a known name")
         if feed_forward is not None and _has(layer, feed_forward.gate) and _has(layer, feed_forward.down):
             known = model_family(model) in FAMILIES
             channels = _feed_forward_block(model, i, prefix, feed_forward, known)
             if channels.components >= smallest:
                 blocks.append(channels)
             elif channels.components:
-                notes.append("channels: one channel in some layers, so there is no P and N to choose")
+                why.append("channels: one channel, so there is no P and N to choose")
+        elif is_per_layer(_text_config(model)):
+            why.append("channels: pruned away")
         else:
-            notes.append(_why_no_feed_forward(layer))
-    notes = list(dict.fromkeys(notes))
+            why.append(_why_no_feed_forward(layer))
+    for reason, count in Counter(why).items():
+        notes.append(reason if count == len(layers) else f"{reason}; in {count} of {len(layers)} layers")
     if not blocks and (smallest > 1 or not is_per_layer(_text_config(model))):
         raise UserError(f"{type(model).__name__} cannot be expanded: {'; '.join(notes)}")
     return Anatomy(tuple(blocks), len(layers), tuple(notes))
