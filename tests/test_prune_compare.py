@@ -306,6 +306,10 @@ def test_a_shrink_is_known_by_its_settings(tmp_path):
     jobs = [cell.job for cell in opened(path, "seeds=[5]")[1].wanted() if cell.job]
     assert {job.task.run.seed for job in jobs} == {job.task.prune.seed for job in jobs} == {5}
     assert [job.task.settings.interleaves for job in jobs] == [1, 2]
+    # Settings of APEX matter where it is the recovery only.
+    assert [cell.key for cell in opened(path, "shrink.train.apex.k_heads=0.3")[1].wanted()] == keys
+    apex = [opened(path, "shrink.recovery=apex", f"shrink.train.apex.k_heads={k}")[1].wanted() for k in (0.2, 0.3)]
+    assert len({cell.key for cells in apex for cell in cells} - set(keys)) == 4
 
 
 @pytest.mark.slow

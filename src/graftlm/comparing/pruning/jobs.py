@@ -90,7 +90,8 @@ class ShrinkJob:
         values = {key: value for key, value in self.task.to_dict().items() if key not in ELSEWHERE}
         distillation = {**values["distillation"], "teacher": by_content(values["distillation"]["teacher"])}
         eval_data = content_of_sources(self.task.settings.eval_data)
-        train = {key: value for key, value in settings_of(self.task.run).items() if key not in NOT_IN_TRAIN}
+        unused = NOT_IN_TRAIN if self.task.settings.recovery == "apex" else {*NOT_IN_TRAIN, "apex"}
+        train = {key: value for key, value in settings_of(self.task.run).items() if key not in unused}
         return {"shrink": {**values, "eval_data": eval_data, "distillation": distillation, "train": train}}
 
     def key(self) -> dict[str, Any]:
