@@ -14,7 +14,7 @@ from graftlm.export.gguf import export_gguf
 from graftlm.export.llama_cpp import ask
 from graftlm.export.targets import CANDIDATES, TARGETS
 from graftlm.pruning.padding import padded
-from graftlm.pruning.per_layer_modeling import FAMILIES
+from graftlm.pruning.per_layer_modeling import FAMILIES, output_projections
 from graftlm.pruning.surgery import keep_components, prunable_blocks
 from graftlm.tiny import build_tiny_tokenizer
 
@@ -62,6 +62,7 @@ def heads(count: int, layers: int = 2) -> dict[str, int]:
 UNEVEN = {"layer0_channels": 10, "layer1_heads": 1}
 EMPTY = {"layer0_heads": 0, "layer1_channels": 0}
 EMPTY_LATE = {"layer1_heads": 0, "layer0_channels": 0}
+BIASED = {"attention_bias": True, "mlp_bias": True}
 TIED = {"tie_word_embeddings": True}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -87,7 +88,7 @@ CASES = {
     "llama, tied": ("llama", {}, TIED, "llama"),
     "llama, fewer heads": ("llama", heads(1) | channels(16), {}, "llama"),
     "llama, wide heads": ("llama", {}, {"head_dim": 16}, "llama"),
-    "llama, biases": ("llama", {}, {"attention_bias": True, "mlp_bias": True}, "llama"),
+    "llama, biases": ("llama", {}, BIASED, "llama"),
     "llama, llama3 rope": ("llama", {}, {"rope_parameters": LLAMA3}, "llama"),
     "llama, linear rope": ("llama", {}, {"rope_parameters": LINEAR}, "llama"),
     "llama, yarn rope": ("llama", {}, {"rope_parameters": YARN}, "llama"),
@@ -95,11 +96,13 @@ CASES = {
     "llama, uneven, all else": (
         "llama",
         UNEVEN,
-        {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "rope_parameters": LLAMA3} | TIED,
+        BIASED | {"head_dim": 16, "rope_parameters": LLAMA3} | TIED,
         "deci",
     ),
     "llama, empty": ("llama", EMPTY, {}, "deci"),
     "llama, empty late": ("llama", EMPTY_LATE, {}, "deci"),
+    "llama, empty, biases": ("llama", EMPTY, BIASED, "deci"),
+    "llama, empty late, biases": ("llama", EMPTY_LATE, BIASED, "deci"),
     "llama, no attention, no channels": ("llama", EMPTY | EMPTY_LATE, {"num_hidden_layers": 3}, "deci"),
     "mistral": ("mistral", {}, {}, "llama"),
     "mistral, uneven": ("mistral", UNEVEN, {}, "deci"),
@@ -194,13 +197,15 @@ def test_another_family_is_refused(tmp_path: Path) -> None:
 def with_output_biases(model: PreTrainedModel) -> PreTrainedModel:
     """As bias compensation leaves a model: output projections with biases, where the family has none."""
     for layer in model.model.layers:
-        for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        for module in output_projections(layer):
             module.bias = torch.nn.Parameter(0.3 * torch.randn(module.out_features))
     return model
 
 
 def test_output_biases_go_where_there_is_a_place_for_them(tmp_path: Path) -> None:
-    for family, kept, architecture in (("qwen2", UNEVEN, "deci"), ("qwen2", {}, "llama"), ("llama", UNEVEN, "deci")):
+    cases = [("qwen2", UNEVEN, "deci"), ("qwen2", {}, "llama"), ("llama", UNEVEN, "deci")]
+    cases += [("llama", EMPTY, "deci"), ("llama", EMPTY_LATE, "deci")]  # as FLAP leaves them with floors of 0
+    for family, kept, architecture in cases:
         model = with_output_biases(model_of(family, kept))
         written = export_gguf(model, TOKENIZER, tmp_path / "m.gguf")
         assert written.architecture == architecture

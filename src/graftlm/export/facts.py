@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from graftlm.anatomy import decoder_layers, linear, model_family, read_anatomy
 from graftlm.errors import UserError
+from graftlm.pruning.per_layer_modeling import output_biases
 from graftlm.pruning.shapes import LayerShape, head_dim_of, shapes_of
 
 
@@ -53,6 +54,8 @@ class Facts:
     rope: Rope
     biases: frozenset[str]
     """Roles (anatomy.Matrix) that have a bias in some layer."""
+    bias_only: frozenset[int]
+    """Layers without heads whose attention still adds the bias of its output."""
     norms: frozenset[str]
     """Of queries and keys: head (over one head), all (over all heads), or none at all."""
     config: Any
@@ -68,7 +71,7 @@ def read_facts(model: PreTrainedModel) -> Facts:
     """Read them. Raises UserError for a model whose kind is not in the table of families (anatomy.FAMILIES)."""
     config: Any = model.config.get_text_config()
     path, layers = decoder_layers(model)
-    head_dim = head_dim_of(model)
+    head_dim, shapes = head_dim_of(model), tuple(shapes_of(model))
     rotary = _rotary(model)
     parameters = dict(config.rope_parameters)
     types = list(getattr(config, "layer_types", None) or [])
@@ -80,7 +83,7 @@ def read_facts(model: PreTrainedModel) -> Facts:
     return Facts(
         family=model_family(model),
         layers_at=path,
-        shapes=tuple(shapes_of(model)),
+        shapes=shapes,
         hidden=config.hidden_size,
         head_dim=head_dim,
         rows=embedding.weight.shape[0],
@@ -100,7 +103,12 @@ def read_facts(model: PreTrainedModel) -> Facts:
             float(rotary.attention_scaling),
             parameters,
         ),
-        biases=_biases(model),
+        biases=_biases(model, layers),
+        bias_only=frozenset(
+            i
+            for i, (shape, layer) in enumerate(zip(shapes, layers, strict=True))
+            if not shape.num_attention_heads and output_biases(layer)[0] is not None
+        ),
         norms=_norms(model, layers),
         config=config,
     )
@@ -119,8 +127,13 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return output.weight is embedding.weight
 
 
-def _biases(model: PreTrainedModel) -> frozenset[str]:
-    roles = set()
+def _biases(model: PreTrainedModel, layers: nn.ModuleList) -> frozenset[str]:
+    roles = {
+        role
+        for layer in layers  # also of what has lost all its components
+        for role, bias in zip(("o", "down"), output_biases(layer), strict=True)
+        if bias is not None
+    }
     for block in read_anatomy(model, smallest=1).blocks:
         roles |= {m.role for m in (*block.mixed, *block.followers) if linear(model, m.module).bias is not None}
     return frozenset(roles)

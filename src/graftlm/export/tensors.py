@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from graftlm.anatomy import Block, Matrix, linear, read_anatomy
 from graftlm.export.facts import Facts
 from graftlm.export.targets import Target
+from graftlm.pruning.per_layer_modeling import output_biases
 from graftlm.pruning.shapes import LayerShape
 
 NAMES = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
@@ -36,7 +37,7 @@ def written_shapes(facts: Facts, target: Target, quantum: int) -> list[LayerShap
     for i, shape in enumerate(facts.shapes):
         heads, groups = shape.num_attention_heads, shape.num_key_value_heads
         # llama.cpp takes the width of a head for zero when the first layer has none
-        if not heads and (i == 0 or "qkv" in target.fused):
+        if not heads and (i == 0 or "qkv" in target.fused or i in facts.bias_only):
             heads = groups = quantum // math.gcd(quantum, facts.head_dim)
         # llama.cpp's deci has layers without channels, and drops the attention of such a layer
         shapes.append(LayerShape(heads, groups, shape.intermediate_size or quantum, shape.output_biases))
@@ -62,6 +63,10 @@ def pieces(model: PreTrainedModel, facts: Facts, target: Target, quantum: int) -
         if shape.num_attention_heads:
             found += _attention(model, blocks.get((i, "heads")), i, shape, facts, target)
         found += _feed_forward(model, blocks.get((i, "channels")), i, shape, facts, target)
+        # Of what is empty, too: there they are all that is added. (Without heads and without biases nothing is written.)
+        for name, bias in zip(("attn_output", "ffn_down"), output_biases(layer), strict=True):
+            if bias is not None:
+                found.append(_plain(f"blk.{i}.{name}.bias", bias))
     return found
 
 
@@ -101,8 +106,6 @@ def _attention(
             if linear(model, parts[role].module).bias is not None:
                 biases[role] = _rows(model, block, parts[role], "bias", **how)
         output = _whole(linear(model, parts["o"].module).weight)
-        if (bias := linear(model, parts["o"].module).bias) is not None:
-            yield _plain(f"blk.{i}.attn_output.bias", bias)
         norms = {}
         attention = cast(Any, model.get_submodule(f"{facts.layers_at}.{i}")).self_attn
         if target.query_norm:
@@ -137,8 +140,6 @@ def _feed_forward(
         for role in ("gate", "up"):
             if linear(model, parts[role].module).bias is not None:
                 yield Piece(f"blk.{i}.{NAMES[role]}.bias", (channels,), _rows(model, block, parts[role], "bias"))
-        if (bias := linear(model, parts["down"].module).bias) is not None:
-            yield _plain(f"blk.{i}.ffn_down.bias", bias)
     if "gate_up" in target.fused:
         yield Piece(f"blk.{i}.ffn_up.weight", (2 * channels, d), lambda: torch.cat([rows["gate"](), rows["up"]()]))
     else:
