@@ -522,6 +522,15 @@ def test_a_family_without_a_per_layer_class_and_a_broken_model():
         prune(model, PruneSettings(sparsity=0.2), calibration)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_code_of_its_own_would_be_lost(method):
+    """A checkpoint may have its family's model_type and other code (auto_map)."""
+    model = tiny_model()
+    model.__class__ = type("Mine", (type(model),), {})
+    with pytest.raises(UserError, match="Mine is a class with code of its own"):
+        prune(model, PruneSettings(method=method, sparsity=0.2), calibration)
+
+
 @pytest.mark.parametrize(
     "method", ["adapt", "llm-pruner", "flap", "slicegpt", "shortgpt", "minitron", "sheared", "wina"]
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftlm.files import atomic_folder, remove_unfinished
+from graftlm.files import atomic_folder, atomic_path, remove_unfinished
 from graftlm.models import load_model, load_tokenizer, save_model
 
 REPLACE = """
@@ -64,6 +64,36 @@ def test_the_next_writer_puts_back_too(tmp_path):
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out"):
         raise ZeroDivisionError
     assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_what_another_writes_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+    with atomic_folder(out) as first:
+        (first / "a").write_text("first")
+        remove_unfinished(tmp_path, "out")
+        with atomic_folder(out) as second:
+            (second / "a").write_text("second")
+        assert (out / "a").read_text() == "second"
+        with atomic_path(tmp_path / "file") as third:
+            third.write_text("third")
+            remove_unfinished(tmp_path)
+    assert (out / "a").read_text() == "first" and (tmp_path / "file").read_text() == "third"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path):
+    there, link = tmp_path / "there", tmp_path / "link"
+    there.mkdir()
+    (there / "a").write_text("old")
+    link.symlink_to(there)
+    for text in ("new", "newer"):
+        with atomic_folder(link) as folder:
+            (folder / "a").write_text(text)
+        assert link.is_symlink() and (there / "a").read_text() == text
+    (tmp_path / ".link.unfinished-x.old").symlink_to(there)  # of an earlier version
+    remove_unfinished(tmp_path, "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
+    assert (there / "a").read_text() == "newer"
 
 
 @pytest.mark.slow

@@ -183,6 +183,15 @@ def test_the_same_seed_gives_the_same_bits(text, tmp_path):
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
+def test_a_folder_that_cannot_be_replaced_is_refused_at_once(text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(run, "load_tokenizer", None)
+    for out, says in ((".", "is the folder you are in"), ("/proc", "/proc: is a mount point")):
+        assert prune("--sparsity", "0.3", "--data", str(text), "--out", out) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_pruned_model_stays(text, tmp_path, capsys):
     mine = tmp_path / "mine"
     mine.mkdir()

@@ -49,9 +49,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     with plain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{UNFINISHED}")
-        os.close(handle)
         temporary = Path(name)
         try:
+            _lock(handle)
             yield temporary
             umask = os.umask(0)
             os.umask(umask)
@@ -61,22 +61,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+            os.close(handle)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success its files are fsynced and it takes `path`'s place.
+    """Yield a temporary folder beside `path`; on success its files are fsynced and it takes `path`'s place (that of the
+    folder which a symbolic link names).
 
     A folder that stands at `path` is moved aside first and removed only after the new one is in place. A process killed
     between the two leaves it aside: the next one puts it back (put_back).
     """
-    path = Path(path)
+    path = without_link(path)
     with plain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         put_back(path)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{UNFINISHED}"))
         old = temporary.with_name(temporary.name + OLD)
+        handle = os.open(temporary, os.O_RDONLY)
         try:
+            _lock(handle)
             yield temporary
             umask = os.umask(0)
             os.umask(umask)
@@ -95,13 +99,43 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 old.rename(path)
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+            os.close(handle)
+
+
+def without_link(path: str | os.PathLike[str]) -> Path:
+    """The folder or file that a symbolic link names: to be replaced in its place, not the link; others as they are."""
+    return Path(path).resolve() if Path(path).is_symlink() else Path(path)
+
+
+def _lock(handle: int) -> None:
+    """Mark something as being written: the system takes the mark back from a killed process."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+
+
+def _being_written(path: Path) -> bool:
+    """Whether a living process is at it (False on a file system without locks)."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # gone meanwhile
+        return False
+    try:
+        _lock(handle)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def put_back(path: str | os.PathLike[str]) -> None:
     """Give the folder `path` its name again where a process was killed after it had moved it aside (atomic_folder)."""
     path = Path(path)
     for old in path.parent.glob(f".{glob.escape(path.name)}{UNFINISHED}*{OLD}"):
-        if not path.exists():
+        if not path.exists() and not _being_written(old.with_name(old.name.removesuffix(OLD))):
             old.rename(path)
 
 
@@ -117,15 +151,17 @@ def remove_folder(path: str | os.PathLike[str]) -> None:
 
 def remove_unfinished(folder: str | os.PathLike[str], name: str = "*") -> None:
     """Remove what atomic_path and atomic_folder were writing in `folder` (as `name`, a pattern) when a process was
-    killed, and put back what was to be replaced."""
+    killed, and put back what was to be replaced. What another process is writing stays."""
     for left in Path(folder).glob(f".{name}{UNFINISHED}*"):
         if left.name.endswith(OLD):
             put_back(left.with_name(left.name[1:].partition(UNFINISHED)[0]))
     for left in Path(folder).glob(f".{name}{UNFINISHED}*"):
-        if left.is_dir():
+        if _being_written(left) or _being_written(left.with_name(left.name.removesuffix(OLD))):
+            continue
+        if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
         else:
-            left.unlink()
+            left.unlink(missing_ok=True)
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
@@ -142,6 +178,15 @@ def check_folder(path: str | os.PathLike[str]) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; give a folder as --out")
     _check_writable(path)
+
+
+def check_whole_folder(path: str | os.PathLike[str]) -> None:
+    """As check_folder, where the folder is replaced in one step (atomic_folder)."""
+    path = without_link(path)
+    if path.resolve() == Path.cwd() or os.path.ismount(path):
+        what = "a mount point" if os.path.ismount(path) else "the folder you are in"
+        raise UserError(f"{path}: is {what}, which cannot be replaced; give a folder in it, e.g. {path / 'out'}")
+    check_folder(path)
 
 
 def _check_writable(path: Path) -> None:

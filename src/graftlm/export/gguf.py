@@ -75,8 +75,7 @@ def export_gguf(
     """
     path = Path(path)
     kind = kind or {torch.bfloat16: "bf16", torch.float16: "f16"}.get(model.dtype, "f32")
-    if kind not in KINDS:
-        raise UserError(f"export: quantize: {kind} is not one of {', '.join(KINDS)}{_k_quants(kind)}")
+    check_kind(kind)
     check_family(model_family(model))
     facts = read_facts(model)
     target = choose_target(facts)
@@ -118,6 +117,12 @@ def packed(tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
 
 def _kind_of(piece: Piece, kind: str) -> GGMLQuantizationType:
     return KINDS[kind][0] if len(piece.shape) > 1 else GGMLQuantizationType.F32
+
+
+def check_kind(kind: str) -> None:
+    """Raise UserError for a number format that is not written here."""
+    if kind not in KINDS:
+        raise UserError(f"export: quantize: {kind} is not one of {', '.join(KINDS)}{_k_quants(kind)}")
 
 
 def _k_quants(kind: str) -> str:

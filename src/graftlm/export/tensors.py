@@ -63,7 +63,7 @@ def pieces(model: PreTrainedModel, facts: Facts, target: Target, quantum: int) -
         if shape.num_attention_heads:
             found += _attention(model, blocks.get((i, "heads")), i, shape, facts, target)
         found += _feed_forward(model, blocks.get((i, "channels")), i, shape, facts, target)
-        # Of what is empty, too: there they are all that is added. (Without heads and without biases nothing is written.)
+        # Also of what is empty, where they are all that is added.
         for name, bias in zip(("attn_output", "ffn_down"), output_biases(layer), strict=True):
             if bias is not None:
                 found.append(_plain(f"blk.{i}.{name}.bias", bias))

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import UserError
-from graftlm.files import remove_unfinished
+from graftlm.files import check_whole_folder, remove_unfinished
 
 FORMATS = ("gguf", "padded", "stock")
-KINDS = ("f32", "f16", "bf16", "q8_0")
 
 
 def add_verb(verb: Callable[..., Any], model_help: str) -> None:
@@ -39,10 +38,10 @@ def add_verb(verb: Callable[..., Any], model_help: str) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=KINDS,
-        help="numbers of a GGUF file (default: as the weights are stored); q8_0 needs widths that are multiples of 32 "
-        "(graftlm prune --width-multiple 32); smaller ones: llama.cpp's llama-quantize, from an f16 file (K-quants "
-        "need multiples of 256)",
+        metavar="KIND",
+        help="numbers of a GGUF file: f32, f16, bf16 or q8_0 (default: as the weights are stored); q8_0 needs widths "
+        "that are multiples of 32 (graftlm prune --width-multiple 32); smaller ones: llama.cpp's llama-quantize, from an "
+        "f16 file (K-quants need multiples of 256)",
     )
     parser.add_argument(
         "--out",
@@ -77,18 +76,21 @@ def _gguf(args: argparse.Namespace) -> None:
 
     from graftlm.export import llama_cpp
     from graftlm.export.checking import check
-    from graftlm.export.gguf import export_gguf
+    from graftlm.export.gguf import check_kind, export_gguf
     from graftlm.models import check_vocabulary, load_tokenizer
 
     if args.check and not llama_cpp.is_installed():
         raise UserError(f"export: --check needs xllamacpp, which is not installed: {llama_cpp.INSTALL}")
+    if args.quantize is not None:
+        check_kind(args.quantize)
+    if args.out is not None:
+        _check_file(args.out, args.model)
     model = _load(args.model, args.trust_remote_code)
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     check_vocabulary(model, tokenizer)
     kind = args.quantize or {torch.bfloat16: "bf16", torch.float16: "f16"}.get(model.dtype, "f32")
     out = args.out or _default_file(args.model, kind)
-    if out.is_dir():
-        raise UserError(f"export: --out {out} is a folder; name the file, e.g. {out / f'model-{kind}.gguf'}")
+    _check_file(out, args.model)
     found: list[Any] = []
 
     def inspect(file: Path) -> None:
@@ -121,6 +123,19 @@ def _gguf(args: argparse.Namespace) -> None:
         print(f"not run: xllamacpp is not installed ({llama_cpp.INSTALL}); it would check the file with llama.cpp")
 
 
+def _check_file(out: Path, model: str) -> None:
+    """Raise UserError where something stands there that a GGUF file must not replace."""
+    if out.is_dir():
+        raise UserError(f"export: --out {out} is a folder; name the file, e.g. {out / 'model.gguf'}")
+    if not out.exists():
+        return
+    if out.resolve() == Path(model).resolve():
+        raise UserError(f"export: --out {out} is the model itself; name another file")
+    with out.open("rb") as file:
+        if file.read(4) not in (b"GGUF", b""):
+            raise UserError(f"export: --out {out} is there and no GGUF file; name another, or delete it")
+
+
 def _folder(args: argparse.Namespace) -> None:
     from graftlm.anatomy import is_per_layer
     from graftlm.export.card import copied_card, padded_card
@@ -131,6 +146,7 @@ def _folder(args: argparse.Namespace) -> None:
         raise UserError(f"export: --format {args.format} writes a folder; name it: --out DIR")
     if args.out.is_file():
         raise UserError(f"export: --out {args.out} is a file; --format {args.format} writes a folder")
+    check_whole_folder(args.out)
     if args.out.resolve() == Path(args.model).resolve():
         raise UserError("export: --out is the model's own folder; name another")
     if args.out.is_dir() and any(args.out.iterdir()):

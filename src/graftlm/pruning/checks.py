@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedModel
 
+from graftlm.anatomy import is_per_layer
 from graftlm.errors import UserError
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import per_layer_config_class, shapes_of
@@ -13,6 +14,7 @@ from graftlm.pruning.ways import WAYS
 def check(model: PreTrainedModel, settings: PruneSettings) -> None:
     """Raise UserError for a family that the method cannot prune, settings that it cannot follow, and a size that it
     cannot come to. Needs no weights."""
+    _check_code(model)
     if settings.method == "slicegpt":
         _check_sliceable(model)
     per_layer_config_class(model.config)  # a family that has none says so
@@ -24,6 +26,16 @@ def check(model: PreTrainedModel, settings: PruneSettings) -> None:
     if not WAYS[settings.method].components:
         _check_widths(model, settings)
     check_size(model, settings)
+
+
+def _check_code(model: PreTrainedModel) -> None:
+    """What comes out is built from transformers' classes and this package's."""
+    module = type(model).__module__
+    if not (module.startswith(("transformers.models.", "graftlm.")) or is_per_layer(model.config)):
+        raise UserError(
+            f"prune: {type(model).__name__} is a class with code of its own ({module}), which a pruned model would not "
+            f"have; prune a model of transformers' own classes"
+        )
 
 
 def _check_sliceable(model: PreTrainedModel) -> None:

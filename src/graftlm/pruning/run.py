@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from transformers import PreTrainedModel
 
 from graftlm.configuring import load_sources
 from graftlm.errors import UserError
-from graftlm.files import check_folder, remove_unfinished
+from graftlm.files import check_whole_folder, remove_unfinished, without_link
+from graftlm.fused_loss import fused_where_it_fits
 from graftlm.held_out import mean_loss
 from graftlm.models import check_vocabulary, context_of, load_model, load_skeleton, load_tokenizer, to_gpu
 from graftlm.parts import layer_parameters
@@ -97,7 +98,7 @@ def run_prune(
     save_pruned(pruned, tokenizer, out, base_model=model_name, data=where, extra=measured)
     report = write_report(out)
     _print(pruned, calibration, layers, before, after)
-    _print_end(pruned, model_name, data, out, report)
+    _print_end(pruned, model_name, data, out, report, trust_remote_code=trust_remote_code)
     return pruned
 
 
@@ -105,10 +106,11 @@ def check_out(out: Path) -> None:
     """Raise UserError where `out` is anything but new, empty, or a pruned model and nothing else (which is replaced),
     or cannot be written. What a killed process left of writing it is removed, and what it had moved aside is put
     back."""
-    remove_unfinished(out.parent, glob.escape(out.name))
+    real = without_link(out)
+    remove_unfinished(real.parent, glob.escape(real.name))
+    check_whole_folder(out)
     if out.is_dir() and not ((out / SUMMARY).is_file() or not any(out.iterdir())):
         raise UserError(f"{out}: is there and is no pruned model (no {SUMMARY}); give another --out, or delete it")
-    check_folder(out)
     if out.is_dir():
         ours = {path for pattern in OWN_FILES for path in out.glob(pattern)}
         if others := sorted(path.name for path in out.iterdir() if path not in ours):
@@ -118,9 +120,10 @@ def check_out(out: Path) -> None:
             )
 
 
-def _loss(model: nn.Module, calibration: TextCalibration) -> float | None:
+def _loss(model: PreTrainedModel, calibration: TextCalibration) -> float | None:
     """Mean over the tokens held back, in nats; None where there are none, or where it is no number."""
-    loss = mean_loss(model, calibration.held_out())
+    with fused_where_it_fits(model):
+        loss = mean_loss(model, calibration.held_out())
     return loss if math.isfinite(loss) else None
 
 
@@ -165,7 +168,7 @@ def _print(
     lines.append(f"{pruned.seconds:.1f} s, on {calibration_in_words(pruned.settings)}")
     held = f"{len(calibration.held_back)} sequences of {calibration.length} tokens held back"
     lines.append(
-        "no loss measured: too few sequences to hold any back"
+        f"no loss measured: {'it is not finite' if calibration.held_back else 'too few sequences to hold any back'}"
         if before is None
         else f"loss {before:.4f} -> {'not finite' if after is None else f'{after:.4f}'} nats a token, on {held}"
     )
@@ -197,7 +200,9 @@ def _range(values: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _print_end(pruned: Pruned, model_name: str, data: Sequence[str], out: Path, report: Path) -> None:
+def _print_end(
+    pruned: Pruned, model_name: str, data: Sequence[str], out: Path, report: Path, *, trust_remote_code: bool
+) -> None:
     """What to do next; beside an adaptive model its control always belongs."""
     console = Console()
     console.print(Text(f"written to {out}; plots in {report}"), soft_wrap=True)
@@ -206,6 +211,7 @@ def _print_end(pruned: Pruned, model_name: str, data: Sequence[str], out: Path, 
         words += ["--method", pruned.settings.method]
         words += [word for named in data for word in ("--data", named)]
         words += ["--dtype", "bfloat16"] if pruned.model.dtype == torch.bfloat16 else []
+        words += ["--trust-remote-code"] if trust_remote_code else []
         words += ["--out", f"{out}-uniform", *_same_settings(pruned.settings)]
         command = shlex.join(words)
         console.print(Text(f"compare it with its uniform control: {command}"), soft_wrap=True)
