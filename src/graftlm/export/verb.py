@@ -40,8 +40,8 @@ def add_verb(verb: Callable[..., Any], model_help: str) -> None:
         "--quantize",
         metavar="KIND",
         help="numbers of a GGUF file: f32, f16, bf16 or q8_0 (default: as the weights are stored); q8_0 needs widths "
-        "that are multiples of 32 (graftlm prune --width-multiple 32); smaller ones: llama.cpp's llama-quantize, from an "
-        "f16 file (K-quants need multiples of 256)",
+        "that are multiples of 32 (graftlm prune --width-multiple 32); smaller ones: llama.cpp's llama-quantize, from "
+        "an f16 file (K-quants need multiples of 256)",
     )
     parser.add_argument(
         "--out",

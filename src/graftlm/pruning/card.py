@@ -54,7 +54,8 @@ def _losses(measured: Mapping[str, Any]) -> str:
         return "Nothing was measured here."
     return (
         f"Measured here: a loss of {before:.4f} nats a token before and {after:.4f} after, on "
-        f"{measured['held_out_sequences']} sequences of the calibration text that were held back; nothing else."
+        f"{measured['held_out_sequences']} sequences of {measured['held_out_length']} tokens of the calibration text "
+        "that were held back; nothing else."
     )
 
 

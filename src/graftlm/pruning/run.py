@@ -90,6 +90,7 @@ def run_prune(
     where = ", ".join(source.path for source in sources) if data else "the demo's text"
     measured = {
         "held_out_sequences": len(calibration.held_back),
+        "held_out_length": calibration.length,
         "held_out_loss_before": before,
         "held_out_loss": after,
         "layer_parameters": layer_parameters(pruned.model),
