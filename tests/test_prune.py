@@ -20,6 +20,7 @@ from graftlm.pruning.ablation import ablation
 from graftlm.pruning.base import Pruned
 from graftlm.pruning.layer_importance import layer_importance, normalised
 from graftlm.pruning.layer_sparsity import next_sparsity
+from graftlm.pruning.notes import notes_on
 from graftlm.pruning.prune import count_parameters, iterate, prune
 from graftlm.pruning.settings import METHODS, PruneSettings, parameter_count
 from graftlm.pruning.surgery import keep_components, prunable_blocks
@@ -318,6 +319,31 @@ def test_apportioning(data):
         for j in range(blocks):
             if counts[i] == counts[j] and whole[i] == whole[j] and sparsity[i] > sparsity[j]:
                 assert found[i] <= found[j] + step
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_uniform_keeps_the_same_of_layers_that_differ_as_far_as_they_have_it(data):
+    step, blocks = data.draw(st.sampled_from([1, 4])), data.draw(st.integers(1, 5))
+    counts = tuple(data.draw(st.lists(st.integers(4, 40), min_size=blocks, max_size=blocks)))
+    costs = tuple(data.draw(st.lists(st.integers(1, 9), min_size=blocks, max_size=blocks)))
+    sizes = Sizes("channels", tuple(map(str, range(blocks))), counts, costs, step, (4,) * blocks)
+    budget = data.draw(st.integers(sizes.parameters(sizes.least), sizes.parameters(counts)))
+    levels = ([min(n, count // step * step) for count in counts] for n in range(4, 41, step))
+    best = max((level for level in levels if sizes.parameters(level) <= budget), key=sizes.parameters)
+    assert list(apportioned(sizes, counts, None, budget)) == best
+
+
+@pytest.mark.parametrize("method", ["adapt", "llm-pruner", "flap", "sheared"])
+def test_uniform_treats_equal_layers_alike_where_others_are_narrower(method):
+    narrow = {"layer0_channels": torch.arange(7), "layer0_heads": torch.arange(1), "layer3_channels": torch.arange(7)}
+    model = keep_components(tiny_model(num_hidden_layers=4, intermediate_size=99), narrow)
+    asked = PruneSettings(method=method, sparsity=0.2, uniform=True, sheared_steps=1, flap_compensation=False)
+    pruned = prune(model, asked, calibration)
+    assert [shape.intermediate_size for shape in pruned.shapes[::3]] == [7, 7]
+    assert pruned.shapes[1] == pruned.shapes[2] and 7 < pruned.shapes[1].intermediate_size < 99
+    assert pruned.shapes[3].num_key_value_heads == pruned.shapes[1].num_key_value_heads
+    assert "the layers that it was given differ: what had less than the others keeps all it had" in notes_on(pruned)
 
 
 def test_channels_make_up_for_heads_that_cannot_be_divided():

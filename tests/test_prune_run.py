@@ -15,7 +15,9 @@ from graftlm.pruning.calibration import calibration_from
 from graftlm.pruning.notes import notes_on, unused
 from graftlm.pruning.prune import count_parameters
 from graftlm.pruning.prune import prune as prune_model
+from graftlm.pruning.saving import save_pruned
 from graftlm.pruning.settings import METHODS, PruneSettings
+from graftlm.pruning.surgery import keep_components
 from graftlm.pruning.ways import WAYS, calibration_in_words, sequences_seen
 from graftlm.training.config import SourceConfig
 
@@ -152,6 +154,16 @@ def test_the_verb_writes_a_model_that_opens(text, tmp_path, capsys):
     assert type(load_model(str(out))).__name__ == "LlamaForCausalLM"
     assert count_parameters(load_model(str(out))) <= count_parameters(model)
     assert "uniform control" not in capsys.readouterr().out
+
+
+def test_a_uniform_pruning_of_layers_that_differ_is_told_of_no_control(text, tmp_path, capsys):
+    narrow = keep_components(load_model("tiny-llama"), {"layer0_channels": torch.arange(70)})
+    model, out = tmp_path / "narrow", tmp_path / "small"
+    save_pruned(narrow, load_tokenizer("tiny-llama"), model)
+    words = ("--sparsity", "0.1", "--uniform", "--iterations", "1", "--data", str(text), "--out", str(out))
+    assert cli.main(["prune", str(model), *words]) == 0
+    said = capsys.readouterr().out
+    assert "uniform control" not in said and "note: the layers that it was given differ" in said
 
 
 def test_data_of_a_config_are_read_as_it_says(text, tmp_path, capsys):

@@ -234,6 +234,10 @@ def test_the_uniform_control_is_named(tmp_path):
     assert control.prune.uniform and control.settings.target_parameters == task.settings.target_parameters
     told = io.StringIO()
     uniform = run_shrink(control, console=Console(file=told, width=200))
+    further = {"model": str(task.folder / "model"), "target_parameters": 150_000, "prune": {"uniform": True}}
+    again = tiny_shrink(tmp_path / "again", interleaves=1, max_steps=1, **further)
+    shapes = run_shrink(again, console=Console(file=told, width=200))["shapes"]
+    assert any(shape != shapes[0] for shape in shapes)  # they differed already
     assert uniform["parameters"] <= task.settings.target_parameters and "uniform control" not in told.getvalue()
 
 

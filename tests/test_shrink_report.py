@@ -38,7 +38,8 @@ def test_numbers_are_whole_in_a_file(shrunk):
     """A console of 80 characters, which is what rich takes a file for, would cut them off."""
     file = io.StringIO()
     summary = read_json(shrunk / "summary.json")
-    print_summary(summary, shrunk, console=Console(file=file, width=80))
+    task = load_shrink(shrunk / "config.yaml")
+    print_summary(task, summary, console=Console(file=file, width=80))
     text = file.getvalue()
     assert "…" not in text and all(name in text for name in rows(summary)[0])
     assert all(cell in text for row in rows(summary)[1:] for cell in row)

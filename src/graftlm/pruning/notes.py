@@ -6,7 +6,7 @@ from graftlm.anatomy import is_per_layer
 from graftlm.pruning.base import Pruned
 from graftlm.pruning.settings import DEFAULTS, PruneSettings
 from graftlm.pruning.shapes import head_dim_of, names_head_dim
-from graftlm.pruning.ways import WAYS, layers_differ
+from graftlm.pruning.ways import WAYS, is_uniform, layers_differ
 
 
 def notes_on(pruned: Pruned) -> tuple[str, ...]:
@@ -30,6 +30,8 @@ def notes_on(pruned: Pruned) -> tuple[str, ...]:
                 "does, its Transformers backend does not); graftlm export --format padded gives a model that all read "
                 "alike"
             )
+    if is_uniform(pruned.settings) and pruned.settings.exact and shape is None:
+        notes.append("the layers that it was given differ: what had less than the others keeps all it had")
     if without := unused(pruned.settings):
         notes.append(f"without effect on {pruned.settings.method}: {', '.join(without)}")
     return tuple(notes)

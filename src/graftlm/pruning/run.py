@@ -29,7 +29,7 @@ from graftlm.pruning.notes import notes_on
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import SUMMARY, save_pruned
 from graftlm.pruning.settings import PruneSettings
-from graftlm.pruning.ways import calibration_in_words
+from graftlm.pruning.ways import calibration_in_words, has_control
 from graftlm.reporting.pruning import write_report
 
 ROWS = 8
@@ -207,7 +207,7 @@ def _print_end(
     """What to do next; beside an adaptive model its control always belongs."""
     console = Console()
     console.print(Text(f"written to {out}; plots in {report}"), soft_wrap=True)
-    if len(set(pruned.shapes)) > 1:
+    if len(set(pruned.shapes)) > 1 and has_control(pruned.settings):
         words = ["graftlm", "prune", model_name, "--target-parameters", str(pruned.parameters), "--uniform"]
         words += ["--method", pruned.settings.method]
         words += [word for named in data for word in ("--data", named)]

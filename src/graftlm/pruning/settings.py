@@ -44,7 +44,7 @@ class PruneSettings:
     int(n (1 - s)) of its components, whatever the sum; s is a share of the hidden size in slicegpt, of the layers in
     shortgpt, and flap does not count its biases (needs sparsity)."""
     uniform: bool | None = None
-    """Every layer loses the same share; None: as the method does."""
+    """Every layer keeps the same number of components, or all it has where that is less; None: as the method does."""
     least_parameters: tuple[int, ...] = ()
     """Parameters that heads, and that channels keep at least, as far as the size allows: what a later pruning is to
     leave of each (a shrink sees to that itself). Methods that remove components of both heed it."""

@@ -4,6 +4,7 @@ A step is what may be taken or left at once: a component; `width_multiple` chann
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -49,10 +50,6 @@ class Sizes:
     def one_step(self) -> int:
         """Parameters of a step in one block, the dearest."""
         return self.step * max(self.costs)
-
-    @property
-    def alike(self) -> bool:
-        return len(set(zip(self.counts, self.costs, strict=True))) == 1
 
 
 def sizes_of(model: nn.Module, settings: PruneSettings) -> tuple[Sizes, ...]:
@@ -216,15 +213,20 @@ def _divided(
 
 def _reachable(sizes: Sizes, uniform: bool) -> list[int]:
     """Parameters that a kind may hold, ascending: from all blocks at their least to all whole."""
-    if uniform and sizes.alike:
-        each = range(sizes.least[0], sizes.most[0] + 1, sizes.step)
-        return [sizes.parameters([count] * len(sizes.names)) for count in each]
+    if uniform:
+        each = range(min(sizes.least), max(sizes.most) + 1, sizes.step)
+        return [sizes.parameters(_level(count, sizes.least, sizes.most)) for count in each]
     counts, found = list(sizes.least), [sizes.parameters(sizes.least)]
     for i, most in enumerate(sizes.most):
         while counts[i] < most:
             counts[i] += sizes.step
             found.append(found[-1] + sizes.step * sizes.costs[i])
     return found
+
+
+def _level(count: int, least: Sequence[int], most: Sequence[int]) -> tuple[int, ...]:
+    """The same `count` for every block, or the nearest that it may have."""
+    return tuple(min(max(count, a), b) for a, b in zip(least, most, strict=True))
 
 
 def apportioned(sizes: Sizes, now: Sequence[int], sparsity: Sequence[float] | None, budget: int) -> tuple[int, ...]:
@@ -234,17 +236,17 @@ def apportioned(sizes: Sizes, now: Sequence[int], sparsity: Sequence[float] | No
     Every block's share is 1 - sparsity, all shifted alike until they sum to the budget, between its floor and what it
     has `now`; then whole steps, the largest remainders rounded up.
 
-    sparsity: of every block; None: every block keeps the same share, and the same number where they are alike.
+    sparsity: of every block; None: every block keeps the same number, or all it has where that is less.
     """
     most = [count // sizes.step * sizes.step for count in now]
     least = [min(a, b) for a, b in zip(sizes.least, most, strict=True)]
-    if sparsity is None and sizes.alike:
-        each = budget // (sizes.costs[0] * len(sizes.names)) // sizes.step * sizes.step
-        return (min(max(each, max(least)), min(most)),) * len(sizes.names)
-    shares = [1.0] * len(sizes.names) if sparsity is None else [1 - s for s in sparsity]
+    if sparsity is None:
+        each = range(0, max(most) + 1, sizes.step)
+        fitting = bisect_right(each, budget, key=lambda count: sizes.parameters(_level(count, least, most)))
+        return _level(each[max(0, fitting - 1)], least, most)
 
     def shifted(by: float) -> list[float]:
-        wanted = (count * (share + by) for count, share in zip(sizes.counts, shares, strict=True))
+        wanted = (count * (1 - s + by) for count, s in zip(sizes.counts, sparsity, strict=True))
         return [min(max(w, a), b) for w, a, b in zip(wanted, least, most, strict=True)]
 
     low, high = -2.0, 2.0

@@ -53,6 +53,11 @@ def is_uniform(settings: PruneSettings) -> bool:
     return settings.method not in ("adapt", "flap") if settings.uniform is None else settings.uniform
 
 
+def has_control(settings: PruneSettings) -> bool:
+    """Whether the same method can prune every layer alike, to compare with."""
+    return WAYS[settings.method].components and not is_uniform(settings)
+
+
 def draws(settings: PruneSettings) -> int:
     """How many times calibration sequences are drawn to be looked at; 0: never."""
     if settings.method == "sheared":  # in every step of training its masks

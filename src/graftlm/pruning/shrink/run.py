@@ -68,7 +68,7 @@ def run_shrink(task: Shrink, *, console: Console | None = None) -> dict[str, Any
     with locked(folder, busy="another shrink is running there; wait, or give another output_dir"):
         summary = _go_on(task, plan, console)
         write_json(finished, summary)
-    print_summary(summary, folder, console=given)
+    print_summary(task, summary, console=given)
     return summary
 
 

@@ -38,6 +38,7 @@ from rich.table import Table
 from graftlm.files import read_json, write_text
 from graftlm.pruning.shrink.config import Shrink
 from graftlm.pruning.shrink.folders import PhaseFolder
+from graftlm.pruning.ways import has_control
 from graftlm.reporting import figures
 from graftlm.reporting.table import wide
 
@@ -159,9 +160,9 @@ def rows(summary: dict[str, Any]) -> list[list[str]]:
     return table
 
 
-def print_summary(summary: dict[str, Any], folder: Path, *, console: Console | None = None) -> None:
+def print_summary(task: Shrink, summary: dict[str, Any], *, console: Console | None = None) -> None:
     """Print the phases, and where the model lies."""
-    console = console or Console()
+    console, folder = console or Console(), task.folder
     header, *body = rows(summary)
     table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
     for name in header:
@@ -179,7 +180,7 @@ def print_summary(summary: dict[str, Any], folder: Path, *, console: Console | N
     for note in summary["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(f"model: {folder / 'model'}", soft_wrap=True, highlight=False)
-    if any(shape != summary["shapes"][0] for shape in summary["shapes"]):
+    if any(shape != summary["shapes"][0] for shape in summary["shapes"]) and has_control(task.prune):
         words = ["graftlm", "shrink", str(folder / "config.yaml"), "prune.uniform=true", f"output_dir={folder}-uniform"]
         command = f"compare it with its uniform control: {shlex.join(words)}"
         console.print(command, soft_wrap=True, highlight=False, markup=False)
