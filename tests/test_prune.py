@@ -433,13 +433,12 @@ def test_amplitude_zero_keeps_layers_within_a_component_of_each_other():
 
 
 @pytest.mark.parametrize("tenths", range(1, 8))
-@pytest.mark.parametrize("method", ["adapt", "llm-pruner", "sheared"])
+@pytest.mark.parametrize("method", ["adapt", "llm-pruner", "flap", "sheared"])
 def test_as_published_is_the_share_that_was_given(method, tenths):
     """Not that of the parameters it comes to, which are rounded: int(n (1 - s)), in decimals."""
     model = tiny_model("qwen2", intermediate_size=50)
-    more = {"sheared_steps": 1} if method == "sheared" else {"iterations": 1}
-    more |= {"amplitude": 0.0} if method == "adapt" else {}
-    settings = PruneSettings(method=method, sparsity=tenths / 10, exact=False, **more)
+    more = {"adapt": {"amplitude": 0.0}, "flap": {"uniform": True}, "sheared": {"sheared_steps": 1}}.get(method, {})
+    settings = PruneSettings(method=method, sparsity=tenths / 10, exact=False, **{"iterations": 1, **more})
     pruned = prune(model, settings, calibration)
     assert {shape.intermediate_size for shape in pruned.shapes} == {50 * (10 - tenths) // 10}
 

@@ -7,24 +7,17 @@ from torch import Tensor
 from graftlm.pruning.targets import Sizes, Target, apportioned, published
 
 
-def uniform_counts(target: Target) -> dict[str, int]:
-    """Components that each block keeps, by name, where every layer keeps the same."""
-    return {
-        name: count
-        for sizes, budget in zip(target.sizes, target.by_kind, strict=True)
-        for name, count in zip(sizes.names, apportioned(sizes, sizes.counts, None, budget), strict=True)
-    }
-
-
-def uniform_as_published(target: Target) -> dict[str, int]:
-    """As uniform_counts, where the target's sparsity is the share of every block's components that goes."""
-    return {
-        name: count
-        for sizes in target.sizes
-        for name, count in zip(
-            sizes.names, published(sizes, sizes.counts, [target.sparsity] * len(sizes.names)), strict=True
-        )
-    }
+def uniform_counts(target: Target, *, exact: bool) -> dict[str, int]:
+    """Components that each block keeps, by name, where every layer keeps the same. Not `exact`: as published, the
+    target's sparsity is the share of every block's components that goes."""
+    found: dict[str, int] = {}
+    for sizes, budget in zip(target.sizes, target.by_kind, strict=True):
+        if exact:
+            counts = apportioned(sizes, sizes.counts, None, budget)
+        else:
+            counts = published(sizes, sizes.counts, [target.sparsity] * len(sizes.names))
+        found |= zip(sizes.names, counts, strict=True)
+    return found
 
 
 def ranked_counts(sizes: Sequence[Sizes], scores: Mapping[str, Tensor], budget: int) -> dict[str, int]:

@@ -109,7 +109,10 @@ def prune(
     moments = input_moments(model, blocks, calibration(0))
     check_finite({name: own.squares for name, own in moments.items()})  # NaN leaves no deviation to divide by
     scores = {block.name: fluctuation(model, block, moments[block.name]) for block in blocks}
-    counts = uniform_counts(target) if settings.uniform else ranked_counts(target.sizes, scores, target.budget)
+    if settings.uniform:
+        counts = uniform_counts(target, exact=settings.exact)
+    else:
+        counts = ranked_counts(target.sizes, scores, target.budget)
     kept = {block.name: torch.arange(block.components) for block in blocks} | strongest(scores, counts)
     biases = _biases(model, blocks, moments, kept, len(before.shapes)) if settings.flap_compensation else {}
     model = keep_components(model, kept)

@@ -34,7 +34,7 @@ from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.hard_concrete import LARGEST, OPEN, Constraint, open_probability, sampled, settled
 from graftlm.pruning.one_step import Before, pruned_from
 from graftlm.pruning.prune import strongest
-from graftlm.pruning.ranking import uniform_as_published, uniform_counts
+from graftlm.pruning.ranking import uniform_counts
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import keep_components, prunable_blocks
 from graftlm.pruning.targets import find_target
@@ -217,7 +217,7 @@ def prune(
     before = Before.of(model)
     blocks = prunable_blocks(model)
     target = find_target(model, settings, uniform=True)
-    counts = uniform_counts(target) if settings.exact else uniform_as_published(target)
+    counts = uniform_counts(target, exact=settings.exact)
     targets = {block.name: 1 - counts[block.name] / block.components for block in blocks}
     sizes = {block.name: block.components * component_cost(model, block) for block in blocks}
     began = time.perf_counter()
