@@ -293,6 +293,7 @@ def test_what_cannot_be_is_said_first(changes, message, tmp_path):
         ({"method": "sheared", "iterations": None, "uniform": False}, "makes all layers alike"),
         ({"method": "slicegpt", "iterations": None, "uniform": False}, "takes the same of all"),
         ({"method": "slicegpt", "iterations": None, "width_multiple": 7}, "no multiple of 7"),
+        ({"method": "flap", "iterations": None, "min_channels": 153}, "512 of them biases"),
     ],
 )
 def test_what_a_method_cannot_do_is_said_before_anything_is_read(prune, message, tmp_path):

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
-from graftlm.anatomy import KINDS, Block, Kind
+from graftlm.anatomy import KINDS, Block, Kind, decoder_layers
 from graftlm.errors import UserError
 from graftlm.parts import component_cost, count_parameters, layer_parameters
+from graftlm.pruning.per_layer_modeling import output_biases
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.surgery import prunable_blocks
 from graftlm.pruning.ways import WAYS
@@ -147,15 +149,25 @@ def _check_layers(model: nn.Module, wanted: int) -> None:
         )
 
 
-def find_target(model: nn.Module, settings: PruneSettings, *, uniform: bool, biases: int = 0) -> Target:
-    """What `settings` ask for. biases: parameters that the pruning adds, which are to be saved besides.
+def _added_biases(model: Any, settings: PruneSettings) -> int:
+    """Parameters that flap's compensation adds: two biases a layer, where there are none yet. As published they do not
+    count."""
+    if settings.method != "flap" or not (settings.flap_compensation and settings.exact):
+        return 0
+    biases = [bias for layer in decoder_layers(model)[1] for bias in output_biases(layer)]
+    hidden: int = model.config.hidden_size
+    return hidden * sum(bias is None for bias in biases)
+
+
+def find_target(model: nn.Module, settings: PruneSettings, *, uniform: bool) -> Target:
+    """What `settings` ask for; what the pruning adds is to be saved besides.
 
     Raises UserError for a target above the original and for one that the floors forbid.
     """
     sizes = sizes_of(model, settings)
     if not sizes:
         raise UserError("prune: the model has no heads and no channels left to remove; start from one that has")
-    total = count_parameters(model)
+    total, biases = count_parameters(model), _added_biases(model, settings)
     original = sum(one.parameters(one.counts) for one in sizes)
     budget = asked_parameters(model, settings) - (total - original) - biases
     least = sum(one.parameters(one.least) for one in sizes)

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from graftlm.anatomy import Block, decoder_layers, linear
+from graftlm.anatomy import Block, linear
 from graftlm.importance import by_component
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.inputs import column_norms, watch_inputs
 from graftlm.pruning.one_step import Before, pruned_from
-from graftlm.pruning.per_layer_modeling import output_biases
 from graftlm.pruning.prune import check_finite, strongest
 from graftlm.pruning.ranking import ranked_counts, uniform_counts
 from graftlm.pruning.settings import PruneSettings
@@ -103,9 +102,7 @@ def prune(
     """One step. With `uniform` every layer keeps the same numbers, and the metric only says which."""
     before = Before.of(model)
     blocks = prunable_blocks(model)
-    counted = settings.flap_compensation and settings.exact
-    added = _bias_parameters(model) if counted else 0
-    target = find_target(model, settings, uniform=bool(settings.uniform), biases=added)
+    target = find_target(model, settings, uniform=bool(settings.uniform))
     moments = input_moments(model, blocks, calibration(0))
     check_finite({name: own.squares for name, own in moments.items()})  # NaN leaves no deviation to divide by
     scores = {block.name: fluctuation(model, block, moments[block.name]) for block in blocks}
@@ -133,10 +130,3 @@ def _biases(
         half = int(block.kind == "channels")
         found[block.layer][half] = compensation(model, block, moments[block.name], kept[block.name])
     return {layer: (attention, feed_forward) for layer, (attention, feed_forward) in found.items()}
-
-
-def _bias_parameters(model: PreTrainedModel) -> int:
-    """Parameters that two biases a layer add where there are none yet."""
-    biases = [bias for layer in decoder_layers(model)[1] for bias in output_biases(layer)]
-    hidden: int = model.config.hidden_size
-    return hidden * sum(bias is None for bias in biases)
