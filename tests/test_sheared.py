@@ -185,10 +185,16 @@ def test_gates_are_multiplied_into_the_output_projections(family):
     assert all(not linear(model, b.output.module).weight[:, : b.slots * b.width].any() for b in blocks)
 
 
-def test_same_seed_same_model():
-    one, two = (prune(tiny_model(), chosen(), calibration) for _ in range(2))
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_same_seed_same_model(dropout):
+    before = torch.get_rng_state()
+    one, two, other = (
+        prune(tiny_model(attention_dropout=dropout), chosen(seed=seed), calibration) for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)  # what a program draws beside it stays
     for (name, a), b in zip(one.model.named_parameters(), two.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+    assert one.notes == two.notes != other.notes
 
 
 def test_batches_of_a_step_are_one_step():

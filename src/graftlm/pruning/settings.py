@@ -74,7 +74,7 @@ class PruneSettings:
     """Named settings, which the others given here override: authors-code (512 samples), at-once (one step, 64 samples,
     amplitude 1, heads_by loss)."""
     seed: int = 0
-    """Of the calibration sequences, of the random method, and of the gates of sheared."""
+    """Of the calibration sequences, of the random method, and of the gates and dropout of sheared."""
     flap_compensation: bool = True
     """flap: what the removed components gave on average becomes a bias of the output projections (no stock class)."""
     sheared_steps: int = 100

@@ -96,28 +96,30 @@ def learn_masks(
     if not settings.sheared_weight_rate:
         model.requires_grad_(False)
     try:
-        for step in range(steps):
-            for name, gate in gates.items():
-                noise = torch.rand(gate.shape, generator=generator, device=device)
-                drawn[name] = sampled(gate, noise)
-            share = min(1.0, (step + 1) / max(1, WARM_UP_TARGET * steps))
-            penalty = torch.zeros((), device=device)
-            for kind, constraint in constraints.items():
-                expected = torch.stack([1 - open_probability(gates[name]).mean() for name in by_kind[kind]])
-                penalty = penalty + constraint(expected, share * wanted[kind])
-            optimizer.zero_grad()
-            losses.append(_backward(model, calibration(step), penalty))
-            if not math.isfinite(losses[-1]):
-                raise UserError(
-                    f"prune: sheared: the loss of step {step + 1} is NaN or Inf; the model is broken, its dtype too "
-                    "narrow, or sheared_weight_rate or sheared_gate_rate too high"
-                )
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                for gate in gates.values():
-                    gate.clamp_(-LARGEST, LARGEST)
-            heard(step + 1, _expected(gates))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(settings.seed + 1)  # of dropout, whose generator is the global one; not the gates' draws
+            for step in range(steps):
+                for name, gate in gates.items():
+                    noise = torch.rand(gate.shape, generator=generator, device=device)
+                    drawn[name] = sampled(gate, noise)
+                share = min(1.0, (step + 1) / max(1, WARM_UP_TARGET * steps))
+                penalty = torch.zeros((), device=device)
+                for kind, constraint in constraints.items():
+                    expected = torch.stack([1 - open_probability(gates[name]).mean() for name in by_kind[kind]])
+                    penalty = penalty + constraint(expected, share * wanted[kind])
+                optimizer.zero_grad()
+                losses.append(_backward(model, calibration(step), penalty))
+                if not math.isfinite(losses[-1]):
+                    raise UserError(
+                        f"prune: sheared: the loss of step {step + 1} is NaN or Inf; the model is broken, its dtype "
+                        "too narrow, or sheared_weight_rate or sheared_gate_rate too high"
+                    )
+                optimizer.step()
+                schedule.step()
+                with torch.no_grad():
+                    for gate in gates.values():
+                        gate.clamp_(-LARGEST, LARGEST)
+                heard(step + 1, _expected(gates))
     finally:
         for handle in handles:
             handle.remove()
