@@ -341,6 +341,14 @@ def test_a_failed_cell_does_not_stop_the_others(in_this_process, tmp_path, monke
     assert adapt["parameters"] is None and uniform["parameters"] and summary["failed"]
 
 
+def test_what_cannot_be_pruned_is_said_before_data_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "calibration_from", None)
+    settings = PruneSettings(sparsity=0.4, sample_length=4096)
+    given = {**PruneJob(settings, "parameters").given(), "model": "tiny-llama", "dtype": "float32", "data": []}
+    with pytest.raises(UserError, match="sample_length 4096 is above the model's context of 2048 tokens"):
+        work.work(given, tmp_path)
+
+
 def test_what_is_pruned_is_not_pruned_again(in_this_process, tmp_path, monkeypatch):
     """The time is up between pruning and measuring: the next call measures what lies there."""
     path = write_comparison(tmp_path, variants={"a": {}})

@@ -293,6 +293,7 @@ def test_what_cannot_be_is_said_first(changes, message, tmp_path):
         ({"method": "sheared", "iterations": None, "uniform": False}, "makes all layers alike"),
         ({"method": "slicegpt", "iterations": None, "uniform": False}, "takes the same of all"),
         ({"method": "slicegpt", "iterations": None, "width_multiple": 7}, "no multiple of 7"),
+        ({"sample_length": 4096}, "sample_length 4096 is above the model's context of 2048 tokens"),
         ({"method": "flap", "iterations": None, "min_channels": 153}, "512 of them biases"),
     ],
 )

@@ -4,6 +4,7 @@ from transformers import PreTrainedModel
 
 from graftlm.anatomy import is_per_layer
 from graftlm.errors import UserError
+from graftlm.models import context_of
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import per_layer_config_class, shapes_of
 from graftlm.pruning.sliced_modeling import FAMILIES as SLICEABLE
@@ -12,12 +13,18 @@ from graftlm.pruning.ways import WAYS
 
 
 def check(model: PreTrainedModel, settings: PruneSettings) -> None:
-    """Raise UserError for a family that the method cannot prune, settings that it cannot follow, and a size that it
-    cannot come to. Needs no weights."""
+    """Raise UserError for a family that the method cannot prune, settings that the model or the method cannot follow,
+    and a size that it cannot come to. Needs no weights."""
     _check_code(model)
     if settings.method == "slicegpt":
         _check_sliceable(model)
     per_layer_config_class(model.config)  # a family that has none says so
+    context = context_of(model)
+    if context is not None and settings.sample_length > context:
+        raise UserError(
+            f"prune: sample_length {settings.sample_length} is above the model's context of {context} tokens; give at "
+            "most that"
+        )
     if WAYS[settings.method].iterations is None:
         _check_one_step(settings)
     if settings.method in ("sheared", "slicegpt") and settings.uniform is False:

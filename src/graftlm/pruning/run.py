@@ -19,7 +19,7 @@ from graftlm.errors import UserError
 from graftlm.files import check_whole_folder, remove_unfinished, without_link
 from graftlm.fused_loss import fused_where_it_fits
 from graftlm.held_out import mean_loss
-from graftlm.models import check_vocabulary, context_of, load_model, load_skeleton, load_tokenizer, to_gpu
+from graftlm.models import check_vocabulary, load_model, load_skeleton, load_tokenizer, to_gpu
 from graftlm.parts import layer_parameters
 from graftlm.progress import step_bar
 from graftlm.pruning.base import Pruned, PruneStep
@@ -76,11 +76,6 @@ def run_prune(
     calibration = calibration_from(tokenizer, settings, sources, progress=progress)
     model = load_model(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer)
-    context = context_of(model)
-    if context is not None and settings.sample_length > context:
-        raise UserError(
-            f"prune: sample_length {settings.sample_length} is above the model's context of {context} tokens"
-        )
     to_gpu(model)
     before, layers = _loss(model, calibration), layer_parameters(model)
     with _Bar(settings.method, progress) as bar:

@@ -16,6 +16,7 @@ from graftlm.errors import UserError
 from graftlm.files import read_json, write_json, write_text
 from graftlm.models import load_model, load_tokenizer
 from graftlm.pruning.calibration import calibration_from
+from graftlm.pruning.checks import check
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import save_pruned, summary_of
 from graftlm.pruning.settings import PruneSettings
@@ -38,6 +39,7 @@ def work(given: dict[str, Any], folder: Path) -> None:
     if given["sparsity_of"] == "parameters" and settings.sparsity is not None:
         target = parameters_left(model, settings.sparsity)
         settings = dataclasses.replace(settings, sparsity=None, target_parameters=target)
+    check(model, settings)  # before data are read
     data = tuple(SourceConfig(**source) for source in given["data"])
     pruned = prune(model, settings, calibration_from(tokenizer, settings, data or None))
     peak = peak_memory_bytes()
