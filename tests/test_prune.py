@@ -534,13 +534,22 @@ def test_targets_that_cannot_be_met_say_what_can():
     assert prune(tiny_model(), PruneSettings(target_parameters=least, iterations=2), calibration).parameters == least
     with pytest.raises(UserError, match="above the model's"):
         prune(model, PruneSettings(target_parameters=10**9), calibration)
+    with pytest.raises(
+        UserError, match=r"layer 0 has 2 key-value groups, and must keep 3 \(min_groups\); ask for less"
+    ):
+        prune(model, PruneSettings(sparsity=0.2, min_groups=3), calibration)
     with pytest.raises(UserError, match="24 channels, and must keep 32"):
         prune(model, PruneSettings(sparsity=0.2, width_multiple=32), calibration)
 
 
 def test_a_family_without_a_per_layer_class_and_a_broken_model():
-    with pytest.raises(UserError, match="granite"):
+    with pytest.raises(
+        UserError, match="model type granite: pruning does not know its layers; prune a model of llama, "
+    ):
         prune(tiny_model("granite"), PruneSettings(sparsity=0.2), calibration)
+    for family in ("mixtral", "qwen3_moe"):
+        with pytest.raises(UserError, match=f"model type {family}: its FFNs are of experts, which pruning cannot take"):
+            prune(tiny_model(family), PruneSettings(sparsity=0.2), calibration)
     model = tiny_model()
     torch.nn.init.constant_(model.model.layers[1].mlp.up_proj.weight, torch.nan)
     with pytest.raises(UserError, match="NaN or Inf"):

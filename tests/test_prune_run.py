@@ -235,6 +235,7 @@ def test_what_cannot_be_is_said_before_anything_is_read(text, tmp_path, monkeypa
     for words, says in [
         (("--sparsity", "0.99", "--out", str(tmp_path / "small")), "is more than can go"),
         (("--target-parameters", "1B", "--out", str(tmp_path / "small")), "is above the model's"),
+        (("--sparsity", "0.3", "--sample-length", "4096", "--out", str(tmp_path / "small")), "context of 2048 tokens"),
         (("--sparsity", "0.3", "--out", "/proc/nowhere/small"), "/proc/nowhere"),
     ]:
         assert cli.main(["prune", str(model), "--data", str(text), *words]) == 2
@@ -313,6 +314,8 @@ def test_notes_on_what_has_no_effect_and_on_a_class_of_its_own():
         *("uniform", "min_groups", "min_channels")
     ]
     assert all(told(method) == [] for method in METHODS)
+    assert told("adapt", preset="at-once", uniform=True) == told("llm-pruner", preset="at-once") == []
+    assert told("llm-pruner", preset="at-once", amplitude=0.5) == ["amplitude"]
 
     class Calibration:
         def __call__(self, iteration):

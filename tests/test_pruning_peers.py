@@ -208,6 +208,14 @@ def test_flap_counts_its_biases_among_what_must_stay():
     assert prune(tiny_model(), replace(settings, flap_compensation=False), calibration()).parameters < 7_648
 
 
+@pytest.mark.filterwarnings("error")
+def test_flap_of_layers_that_lose_all_heads_warns_of_nothing():
+    chosen = PruneSettings(method="flap", sparsity=0.97, min_groups=0, min_channels=0)
+    pruned = prune(tiny_model(intermediate_size=99), chosen, calibration())
+    assert {shape.num_key_value_heads for shape in pruned.shapes} == {0}
+    assert torch.isfinite(pruned.model(batches(1)[0]["input_ids"]).logits).all()
+
+
 def test_flap_uniform_is_stock_without_compensation():
     chosen = PruneSettings(method="flap", sparsity=0.5, uniform=True, flap_compensation=False)
     pruned = prune(tiny_model(), chosen, calibration())

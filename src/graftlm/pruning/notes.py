@@ -4,7 +4,7 @@ from dataclasses import fields
 
 from graftlm.anatomy import is_per_layer
 from graftlm.pruning.base import Pruned
-from graftlm.pruning.settings import DEFAULTS, PruneSettings
+from graftlm.pruning.settings import DEFAULTS, PRESETS, PruneSettings
 from graftlm.pruning.shapes import head_dim_of, names_head_dim
 from graftlm.pruning.ways import WAYS, is_uniform, layers_differ
 
@@ -38,7 +38,7 @@ def notes_on(pruned: Pruned) -> tuple[str, ...]:
 
 
 def unused(settings: PruneSettings) -> list[str]:
-    """Settings that were given and that the method does not read."""
+    """Settings that were given and that the method does not read; what only a preset says is not given."""
     by_layer = (settings.method,) if layers_differ(settings) else ()
     readers = {
         **dict.fromkeys(("amplitude", "rule"), by_layer),
@@ -50,8 +50,9 @@ def unused(settings: PruneSettings) -> list[str]:
         **{one.name: ("sheared",) for one in fields(settings) if one.name.startswith("sheared_")},
     }
     plain = {one.name: one.default for one in fields(settings)} | DEFAULTS
+    preset = PRESETS.get(settings.preset or "", {})
     return [
         name
         for name, methods in readers.items()
-        if settings.method not in methods and getattr(settings, name) not in (None, plain[name])
+        if settings.method not in methods and getattr(settings, name) not in (None, plain[name], preset.get(name))
     ]

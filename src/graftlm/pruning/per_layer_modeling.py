@@ -24,7 +24,6 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaDecoderLayer, GemmaForCausalLM, GemmaModel
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Config, Gemma2DecoderLayer, Gemma2ForCausalLM, Gemma2Model
@@ -79,13 +78,21 @@ class NoHeads(nn.Module):
         return self.o_proj(no_heads), None
 
 
+class NoInputs(nn.Linear):
+    """A projection without inputs, which only holds a bias: there is nothing to initialise, of which torch would
+    warn."""
+
+    def reset_parameters(self) -> None:
+        """Leaves all as it is."""
+
+
 def output_projections(layer: Any) -> tuple[nn.Linear, nn.Linear]:
     """Where a decoder layer's attention and its FFN return to the residual stream; attention without heads gets one,
     without inputs, that can hold a bias."""
     if layer.self_attn.o_proj is None:
         down = layer.mlp.down_proj
         like: Any = {"dtype": down.weight.dtype, "device": down.weight.device}
-        layer.self_attn.o_proj = skip_init(nn.Linear, 0, down.out_features, bias=False, **like)
+        layer.self_attn.o_proj = NoInputs(0, down.out_features, bias=False, **like)
     return layer.self_attn.o_proj, layer.mlp.down_proj
 
 

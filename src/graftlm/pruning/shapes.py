@@ -58,7 +58,9 @@ def per_layer_config_class(config: PretrainedConfig) -> Any:
 
     family = str(config.model_type).removeprefix(PER_LAYER)
     if family not in FAMILIES:
-        raise UserError(f"model type {family}: layers of different widths are known for {', '.join(FAMILIES)} only")
+        experts = any("experts" in key for key in config.to_dict())
+        why = "its FFNs are of experts, which pruning cannot take" if experts else "pruning does not know its layers"
+        raise UserError(f"model type {family}: {why}; prune a model of {', '.join(FAMILIES)}")
     return FAMILIES[family][0]
 
 

@@ -69,10 +69,12 @@ def _sizes(model: nn.Module, kind: Kind, blocks: Sequence[Block], settings: Prun
     step = 1 if kind == "heads" else settings.width_multiple
     floor = settings.min_groups if kind == "heads" else -(-settings.min_channels // step) * step
     for block in blocks:
-        if kind == "channels" and floor > block.components // step * step:
+        if floor > block.components // step * step:
+            what, why = "key-value groups", "min_groups"
+            if kind == "channels":
+                what, why = "channels", f"min_channels {settings.min_channels}, width_multiple {step}"
             raise UserError(
-                f"prune: layer {block.layer} has {block.components} channels, and must keep {floor} (min_channels "
-                f"{settings.min_channels}, width_multiple {step}); ask for less"
+                f"prune: layer {block.layer} has {block.components} {what}, and must keep {floor} ({why}); ask for less"
             )
     return Sizes(
         kind,
@@ -80,7 +82,7 @@ def _sizes(model: nn.Module, kind: Kind, blocks: Sequence[Block], settings: Prun
         tuple(block.components for block in blocks),
         tuple(component_cost(model, block) for block in blocks),
         step,
-        tuple(min(floor, block.components) for block in blocks),
+        (floor,) * len(blocks),
     )
 
 
