@@ -368,7 +368,7 @@ def test_an_interrupted_run_leaves_nothing(text, tmp_path, monkeypatch, capsys):
         (("--sparsity", "0.2", "--width-multiple", "256"), "192 channels"),
         (("--sparsity", "0.2", "--samples", "1", "--sample-length", "4096"), "sequences of 4096 tokens"),
         (("--sparsity", "2"), "between 0 and 1"),
-        (("--sparsity", "0.2", "--seed", "-1"), "seed -1 must be at least 0"),
+        (("--sparsity", "0.2", "--seed", "-1"), "command line: seed: -1 must be at least 0"),
         ((), "one of the two"),
         (("--sparsity", "0.2", "sampels=3"), "sampels"),
         (("--sparsity", "0.2", "other-model"), "one MODEL"),

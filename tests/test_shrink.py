@@ -378,6 +378,13 @@ def test_foreign_folders_are_left_alone(given, message, tmp_path):
         ("sparsity: 0.5\nmax_steps: 9\ntrain:\n  learning_rat: 1", ":6: unknown key 'learning_rat'"),
         ("sparsity: 0.5\nmax_steps: 9\nprune:\n  sparsity: 0.2", ":6: prune.sparsity: the phases have sizes"),
         ("sparsity: 0.5\nmax_steps: 9\nprune:\n  methd: adapt", ":6: unknown key 'methd'"),
+        ("sparsity: 0.5\nmax_steps: 9\nprune:\n  samples: -1", ":6: samples: -1 must be at least 1"),
+        ("sparsity: 0.5\nmax_steps: 9\nprune:\n  preset: magic", ":6: preset: 'magic' is not known"),
+        (
+            "sparsity: 0.5\nmax_steps: 9\nprune:\n  exact: false",
+            ":6: prune.exact: every phase has a number of parameters",
+        ),
+        ("target_parameters: 9\nmax_steps: 9\nprune:\n  exact: false", ":6: prune.exact: every phase has a number"),
         (
             "sparsity: 0.5\nmax_steps: 9\nrecovery: apex\ntrain:\n  apex: {rewarmup_ratio: 0.1}",
             "train.apex.rewarmup_ratio: the phases share one schedule",

@@ -94,31 +94,31 @@ class PruneSettings:
                 object.__setattr__(self, name, value)
         if (self.sparsity is None) == (self.target_parameters is None):
             raise UserError(
-                "prune: give sparsity (such as 0.2) or target_parameters (such as 100_000_000), one of the two"
+                "sparsity: give it (such as 0.2) or target_parameters (such as 100_000_000), one of the two"
             )
         if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise UserError(f"prune: sparsity {self.sparsity} must be between 0 and 1, e.g. 0.2")
+            raise UserError(f"sparsity: {self.sparsity} must be between 0 and 1, e.g. 0.2")
         if self.least_parameters and (len(self.least_parameters) != 2 or min(self.least_parameters) < 0):
             raise UserError(
-                f"prune: least_parameters {list(self.least_parameters)} must be two numbers: of heads, of channels"
+                f"least_parameters: {list(self.least_parameters)} must be two numbers: of heads, of channels"
             )
         if not self.exact and self.sparsity is None:
-            raise UserError("prune: exact: false meets no target_parameters; give sparsity")
+            raise UserError("exact: false meets no target_parameters; give sparsity")
         if self.amplitude is not None and not 0 <= self.amplitude < math.inf:
             raise UserError(
-                f"prune: amplitude {self.amplitude} must be 0 (no difference between layers) or a number above it"
+                f"amplitude: {self.amplitude} must be 0 (no difference between layers) or a number above it"
             )
         lowest = {"target_parameters": 1, "iterations": 1, "samples": 1, "sample_length": 2, "width_multiple": 1}
         for name, least in {**lowest, "min_groups": 0, "min_channels": 0, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise UserError(f"prune: {name} {value} must be at least {least}")
+                raise UserError(f"{name}: {value} must be at least {least}")
         for name in ("sheared_steps", "sheared_gate_rate", "sheared_multiplier_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise UserError(f"prune: {name} {value} must be above 0")
+                raise UserError(f"{name}: {value} must be above 0")
         if not self.sheared_weight_rate >= 0:
-            raise UserError(f"prune: sheared_weight_rate {self.sheared_weight_rate} must not be negative")
+            raise UserError(f"sheared_weight_rate: {self.sheared_weight_rate} must not be negative")
 
     def _check_names(self) -> None:
         choices = {
@@ -131,7 +131,7 @@ class PruneSettings:
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known and not (name in ("preset", "heads_by") and value is None):
-                raise UserError(f"prune: {name} {value!r} is not known; there are {', '.join(known)}")
+                raise UserError(f"{name}: {value!r} is not known; there are {', '.join(known)}")
 
 
 def parameter_count(text: str) -> int:

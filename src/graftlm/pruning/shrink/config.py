@@ -178,9 +178,12 @@ def _layers(base: Mapping[str, Any], node: Node | None, name: str, kind: type[An
 
 
 def _pruning(settings: ShrinkConfig, name: str) -> PruneSettings:
+    node = settings.prune
+    if node is not None and take(node, "exact", bool)[0] is False:
+        where = place_of(node, "exact")
+        raise UserError(f"{where}prune.exact: every phase has a number of parameters to meet; leave it out")
     size = {"sparsity": settings.sparsity, "target_parameters": settings.target_parameters}
-    found: PruneSettings = _layers(size, settings.prune, name, PruneSettings)
-    dataclasses.replace(found, sparsity=None, target_parameters=1)  # as a phase has it: refused now rather than then
+    found: PruneSettings = _layers(size, node, name, PruneSettings)
     return found
 
 
