@@ -31,7 +31,7 @@ from graftlm.pruning.shrink import phase_pruning
 from graftlm.pruning.shrink.config import load_shrink
 from graftlm.pruning.shrink.dry_run import dry_run
 from graftlm.pruning.shrink.phase_pruning import prune_settings
-from graftlm.pruning.shrink.phases import Phase, default_interleaves, ends_of, phases_of, sizes_of
+from graftlm.pruning.shrink.phases import Phase, default_interleaves, ends_of, least_steps, phases_of, sizes_of
 from graftlm.pruning.shrink.run import plan_phases, run_shrink
 from graftlm.pruning.targets import apportioned, find_target
 from graftlm.training.config import DistillationConfig, SourceConfig
@@ -83,6 +83,27 @@ def test_too_few_steps_say_how_many():
     assert all(p.steps >= 1 for p in phases_of(100, 50, needed, interleaves=20, schedule="linear", shares="growing"))
     with pytest.raises(UserError):
         phases_of(100, 50, needed - 1, interleaves=20, schedule="geometric", shares="growing")
+
+
+@pytest.mark.parametrize("shares", ["growing", "equal"])
+@given(st.integers(1, 40), st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_fewest_steps_are_those_that_a_search_finds(shares, count, more):
+    def all_train(steps):
+        return all(first < end for first, end in itertools.pairwise([0, *ends_of(steps, count, shares)]))
+
+    least = least_steps(count, shares)
+    assert least == next(steps for steps in itertools.count() if all_train(steps))
+    assert all_train(least + more)
+
+
+def test_tokens_that_are_too_few_are_named(tmp_path):
+    with pytest.raises(UserError, match="^tokens: 1 steps of 256 are too few for 3 phases") as error:
+        plan_phases(tiny_shrink(tmp_path, max_steps=None, tokens=100))
+    needed = int(str(error.value).partition("give at least ")[2].partition(",")[0])
+    assert len(plan_phases(tiny_shrink(tmp_path, max_steps=None, tokens=needed))["phases"]) == 3
+    with pytest.raises(UserError, match="max_steps: 9 steps are too few for 5000 phases"):  # at once
+        plan_phases(tiny_shrink(tmp_path, max_steps=9, interleaves=5000))
 
 
 # --- whole shrinks ---------------------------------------------------------------------------------------------------

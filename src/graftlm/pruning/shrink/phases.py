@@ -1,6 +1,5 @@
 """How large the model is after each phase, and which steps the phase trains: arithmetic, without a model."""
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -38,9 +37,18 @@ def default_interleaves(original: int, target: int) -> int:
 
 
 def phases_of(
-    original: int, target: int, steps: int, *, interleaves: int | None, schedule: str, shares: str
+    original: int,
+    target: int,
+    steps: int,
+    *,
+    interleaves: int | None,
+    schedule: str,
+    shares: str,
+    step_tokens: int | None = None,
 ) -> tuple[Phase, ...]:
     """The phases from `original` to `target` parameters over `steps` optimizer steps (section 3.2, algorithm 1).
+
+    step_tokens: tokens of a step, where tokens were asked for and `steps` follow from them.
 
     Raises UserError for a target above the original, and for fewer steps than every phase gets one of.
     """
@@ -49,22 +57,19 @@ def phases_of(
             f"target_parameters: {target:,} is above the model's {original:,}; shrinking only takes away, so give less"
         )
     count = interleaves or default_interleaves(original, target)
-    ends = ends_of(steps, count, shares)
-    if not _all_train(ends):
-        needed = next(n for n in itertools.count(steps) if _all_train(ends_of(n, count, shares)))
+    needed = least_steps(count, shares)
+    if steps < needed:
+        key, each, size = ("max_steps", "", 1) if step_tokens is None else ("tokens", f" of {step_tokens}", step_tokens)
         raise UserError(
-            f"max_steps: {steps} steps are too few for {count} phases with {shares} shares, of which the smallest gets "
-            f"none; give at least {needed}, or fewer interleaves"
+            f"{key}: {steps} steps{each} are too few for {count} phases with {shares} shares, of which the smallest "
+            f"gets none; give at least {needed * size}, or fewer interleaves"
         )
+    ends = ends_of(steps, count, shares)
     sizes = sizes_of(original, target, count, schedule)
     return tuple(
         Phase(i + 1, size, first, end)
         for i, (size, first, end) in enumerate(zip(sizes, [0, *ends], ends, strict=False))
     )
-
-
-def _all_train(ends: list[int]) -> bool:
-    return all(first < end for first, end in itertools.pairwise([0, *ends]))
 
 
 def sizes_of(original: int, target: int, count: int, schedule: str) -> list[int]:
@@ -86,3 +91,9 @@ def ends_of(steps: int, count: int, shares: str) -> list[int]:
     if shares == "growing":
         return [round(steps * i * (i + 1) / (count * (count + 1))) for i in range(1, count + 1)]
     return [round(steps * i / count) for i in range(1, count + 1)]
+
+
+def least_steps(count: int, shares: str) -> int:
+    """The fewest steps of which every phase gets one. growing: that is where the first phase's share is above half a
+    step, which makes every other's more than a whole one."""
+    return count * (count + 1) // 4 + 1 if shares == "growing" else count

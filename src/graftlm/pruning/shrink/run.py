@@ -100,6 +100,7 @@ def plan_phases(task: Shrink) -> dict[str, Any]:
         interleaves=task.settings.interleaves,
         schedule=task.settings.schedule,
         shares=task.settings.shares,
+        step_tokens=None if task.settings.tokens is None else task.run.sequences_per_step * task.run.max_length,
     )
     if len(phases) > 1 and task.prune.method in ONCE:
         raise UserError(f"prune.method: {task.prune.method} prunes a model only once; set interleaves: 1")
