@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, batches, nats_and_tokens, tiny_model, unequal_batches
 from torch.nn import functional as F
 
+from graftlm.arguments import parameter_count
 from graftlm.errors import UserError
 from graftlm.fused_loss import fused_where_it_fits
 from graftlm.held_out import mean_loss
@@ -22,7 +23,7 @@ from graftlm.pruning.layer_importance import layer_importance, normalised
 from graftlm.pruning.layer_sparsity import next_sparsity
 from graftlm.pruning.notes import notes_on
 from graftlm.pruning.prune import count_parameters, iterate, prune
-from graftlm.pruning.settings import METHODS, PruneSettings, parameter_count
+from graftlm.pruning.settings import METHODS, PruneSettings
 from graftlm.pruning.surgery import keep_components, prunable_blocks
 from graftlm.pruning.targets import Sizes, apportioned, find_target, sizes_of
 from graftlm.pruning.taylor import taylor

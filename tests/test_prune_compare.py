@@ -108,6 +108,7 @@ def test_sizes_settings_and_control(tmp_path):
     path = write_comparison(tmp_path, variants=variants, target_parameters=[150_000], seeds=[3], control="u")
     comparison, cells = opened(path)
     assert [size.label for size in comparison.sizes] == ["40%", "150000 parameters"]
+    assert opened(path, "target_parameters=[150k]")[0].sizes == comparison.sizes
     jobs = {(c.arm, c.size.label): c.job.settings for c in cells.wanted() if c.job}
     assert jobs["slow", "40%"].iterations == 9 and jobs["u", "40%"].iterations == 2
     # A preset lies under what is given, whether in the variant or for all.

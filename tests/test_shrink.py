@@ -98,7 +98,7 @@ def test_fewest_steps_are_those_that_a_search_finds(shares, count, more):
 
 
 def test_tokens_that_are_too_few_are_named(tmp_path):
-    with pytest.raises(UserError, match="^tokens: 1 steps of 256 are too few for 3 phases") as error:
+    with pytest.raises(UserError, match="tokens: 1 steps of 256 are too few for 3 phases") as error:
         plan_phases(tiny_shrink(tmp_path, max_steps=None, tokens=100))
     needed = int(str(error.value).partition("give at least ")[2].partition(",")[0])
     assert len(plan_phases(tiny_shrink(tmp_path, max_steps=None, tokens=needed))["phases"]) == 3
@@ -420,6 +420,14 @@ def test_errors_name_file_line_and_key(text, message, tmp_path):
         load_shrink(file)
     assert str(error.value).startswith(str(file))
     assert "\n" not in str(error.value)
+
+
+def test_sizes_may_be_written_as_people_do(tmp_path):
+    file = tmp_path / "c.yaml"
+    for written, count in {"100M": 10**8, "1.5k": 1500, "160_000": 160_000, "2e5": 200_000}.items():
+        file.write_text(f"model: tiny-llama\ndata: x.txt\nmax_steps: 9\ntarget_parameters: {written}\n")
+        assert load_shrink(file).settings.target_parameters == load_shrink(file).prune.target_parameters == count
+        assert load_shrink(file, ["target_parameters=1B"]).settings.target_parameters == 10**9
 
 
 def test_config_reads_back_equal(tmp_path):

@@ -3,8 +3,10 @@ heavy."""
 
 import argparse
 import itertools
+import re
 import textwrap
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,6 +49,25 @@ positive = _number(int, lambda value: value >= 1, "must be at least 1")
 positive_number = _number(float, lambda value: value > 0, "must be above 0")
 not_negative = _number(float, lambda value: value >= 0, "must not be negative")
 share = _number(float, lambda value: 0 < value < 1, "must be between 0 and 1, e.g. 0.1")
+
+
+def parameter_count(text: str) -> int:
+    """A number of parameters as people write it: 134515008, 100M, 1.5B, 134_515_008. ValueError for anything else."""
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kKmMbBgG]?)", text.strip())
+    exponent = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9}
+    if found:
+        exact = Decimal(found[1].replace("_", "").replace(",", "")) * 10 ** exponent[found[2].lower()]
+        if exact == int(exact):
+            return int(exact)
+    raise ValueError(f"{text!r} is no number of parameters; write it as 100M, 1.5B or 134515008")
+
+
+def parameters(text: str) -> int:
+    """parameter_count as an argparse type."""
+    try:
+        return parameter_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:

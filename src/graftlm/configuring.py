@@ -14,6 +14,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from graftlm.apex_config import ApexConfig, apply_preset
+from graftlm.arguments import parameter_count
 from graftlm.errors import UserError
 from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.whose_config import check_verb
@@ -31,6 +32,8 @@ from graftlm.yaml_nodes import (
 _SOURCE_KEYS = ("data", "eval_data", "selection_data")
 # Words from other trainers that no string distance leads to the right key.
 _SYNONYMS = {"lr": "learning_rate", "dataset": "data", "train_file": "data", "model_name_or_path": "model"}
+_COUNTS = ("target_parameters",)
+"""Keys whose whole numbers may be written 100M or 1.5B."""
 _EXAMPLES = {
     "model": "give model: a folder, a Hub id, a .gguf file, or the built-in smollm2 or tiny-llama",
     "data": "give data: a file, a folder, or hub:OWNER/NAME",
@@ -277,7 +280,7 @@ def _value(node: Node, annotation: Any, key: str) -> Any:
         if isinstance(node, ScalarNode) and node.value in arguments:
             return node.value
         raise _NotAllowed(_choices(arguments, str(node.value) if isinstance(node, ScalarNode) else ""))
-    return _scalar(node, annotation)
+    return _count(node) if annotation is int and key.rpartition(".")[2] in _COUNTS else _scalar(node, annotation)
 
 
 def _choices(allowed: Sequence[str], given: str) -> str:
@@ -286,6 +289,16 @@ def _choices(allowed: Sequence[str], given: str) -> str:
     rest = [word for word in allowed if word not in near]
     listed = ", ".join(rest) if len(rest) == 1 else f"one of {', '.join(rest)}"
     return f"{near[0]} (the nearest)" + (f", or {listed}" if rest else "") if near else listed
+
+
+def _count(node: Node) -> int:
+    """A number of parameters, as a verb's option takes it or as any whole number is written."""
+    with contextlib.suppress(_NotAllowed):
+        return int(_scalar(node, int))
+    try:
+        return parameter_count(node.value if isinstance(node, ScalarNode) else "")
+    except ValueError as error:
+        raise _NotAllowed("a number of parameters (100M, 1.5B, 134515008)") from error
 
 
 def _scalar(node: Node, kind: Any) -> Any:

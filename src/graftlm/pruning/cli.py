@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+from graftlm.arguments import parameters
 from graftlm.export import verb as exporting
 from graftlm.pruning import verbs
-from graftlm.pruning.settings import METHODS, PRESETS, HeadsBy, Rule, Similarity, parameter_count
+from graftlm.pruning.settings import METHODS, PRESETS, HeadsBy, Rule, Similarity
 from graftlm.pruning.shrink import verb as shrinking
 
 Verb = Callable[..., Any]
@@ -40,7 +41,7 @@ def _prune(verb: Verb, model_help: str) -> None:
     )
     size.add_argument(
         "--target-parameters",
-        type=_count,
+        type=parameters,
         metavar="N",
         help="parameters that are left at most, e.g. 100M or 1.5B",
     )
@@ -94,10 +95,3 @@ def _prune(verb: Verb, model_help: str) -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="the weights' (default float32)"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
-
-
-def _count(text: str) -> int:
-    try:
-        return parameter_count(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

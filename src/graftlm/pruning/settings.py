@@ -1,9 +1,7 @@
 """How a model is pruned: the settings of every way of doing it, checked when made. Imports nothing heavy."""
 
 import math
-import re
 from dataclasses import dataclass, fields
-from decimal import Decimal
 from typing import Any, Literal, get_args
 
 from graftlm.errors import UserError
@@ -38,7 +36,7 @@ class PruneSettings:
     sparsity: float | None = None
     """Share of the parameters of heads and channels that goes, 0 to 1; give this or target_parameters."""
     target_parameters: int | None = None
-    """Parameters of the model that comes out, at most; as close below as one component allows."""
+    """Parameters of the model that comes out, at most, e.g. 100M; as close below as one component allows."""
     exact: bool = True
     """The layers' sparsities are shifted alike until their sum meets the target. False: as published, every layer keeps
     int(n (1 - s)) of its components, whatever the sum; s is a share of the hidden size in slicegpt, of the layers in
@@ -93,9 +91,7 @@ class PruneSettings:
             if getattr(self, name) == not_given[name]:
                 object.__setattr__(self, name, value)
         if (self.sparsity is None) == (self.target_parameters is None):
-            raise UserError(
-                "sparsity: give it (such as 0.2) or target_parameters (such as 100_000_000), one of the two"
-            )
+            raise UserError("sparsity: give it (such as 0.2) or target_parameters (such as 100M), one of the two")
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise UserError(f"sparsity: {self.sparsity} must be between 0 and 1, e.g. 0.2")
         if self.least_parameters and (len(self.least_parameters) != 2 or min(self.least_parameters) < 0):
@@ -132,14 +128,3 @@ class PruneSettings:
             value = getattr(self, name)
             if value not in known and not (name in ("preset", "heads_by") and value is None):
                 raise UserError(f"{name}: {value!r} is not known; there are {', '.join(known)}")
-
-
-def parameter_count(text: str) -> int:
-    """A number of parameters as people write it: 134515008, 100M, 1.5B, 134_515_008. ValueError for anything else."""
-    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kKmMbBgG]?)", text.strip())
-    exponent = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9}
-    if found:
-        exact = Decimal(found[1].replace("_", "").replace(",", "")) * 10 ** exponent[found[2].lower()]
-        if exact == int(exact):
-            return int(exact)
-    raise ValueError(f"{text!r} is no number of parameters; write it as 100M, 1.5B or 134515008")

@@ -56,7 +56,8 @@ class ShrinkConfig:
     output_dir: str = "runs/shrink"
     """Folder of the phases, of the model that comes out (`model`), and of its report."""
     target_parameters: int | None = None
-    """Parameters of the model that comes out, at most, as close below as one component allows. Or sparsity."""
+    """Parameters of the model that comes out, at most, e.g. 100M; as close below as one component allows. Or
+    sparsity."""
     sparsity: float | None = None
     """Share of every kind of component that goes, 0 to 1, from which target_parameters follows."""
     interleaves: int | None = None
@@ -92,7 +93,7 @@ class ShrinkConfig:
         if not self.data:
             raise UserError("data: no source given; name a file, a folder, or hub:OWNER/NAME")
         for one, other, example in (
-            ("target_parameters", "sparsity", "target_parameters: 100_000_000"),
+            ("target_parameters", "sparsity", "target_parameters: 100M"),
             ("max_steps", "tokens", "max_steps: 1000"),
         ):
             if (getattr(self, one) is None) == (getattr(self, other) is None):
