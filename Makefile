@@ -17,7 +17,7 @@ STAMP := .venv/.setup-done
 
 help:
 	@echo "make setup     install graftlm and all that demo and tests need into .venv"
-	@echo "make demo      train a real model with APEX and plainly, about 10 minutes on 2 cores; results in runs/demo"
+	@echo "make demo      train a real model with APEX and plainly, 10 to 15 minutes on 2 cores; results in runs/demo"
 	@echo "make test      the tests (make test-all: the slow ones too)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     what APEX costs, on this machine's CPU: about 20 minutes, runs/bench/cpu.json; the last line is JSON"

@@ -40,7 +40,7 @@ def run_demo(output_dir: Path, *, quick: bool = False) -> Path:
     config = demo_config(output_dir, quick=quick)
     from graftlm.training import run  # here: torch is not needed to read the config
 
-    size = "a tiny random model" if quick else "SmolLM2-135M-Instruct, about 10 minutes on 2 cores"
+    size = "a tiny random model" if quick else "SmolLM2-135M-Instruct, 10 to 15 minutes on 2 cores"
     print(f"APEX, then plain training, on Python's own source text: {size}; into {config.output_dir}", flush=True)
     folder = run.train(config)
     print(f"{'your own model and text:':32}graftlm train --model MODEL --data FILE_OR_FOLDER --output-dir runs/mine")
