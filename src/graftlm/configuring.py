@@ -1,10 +1,8 @@
 """From YAML and `key=value` words to a checked RunConfig, and back. Every error names file, line and key."""
 
-import contextlib
 import copy
 import dataclasses
 import difflib
-import math
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +12,6 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from graftlm.apex_config import ApexConfig, apply_preset
-from graftlm.arguments import parameter_count
 from graftlm.errors import UserError
 from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.whose_config import check_verb
@@ -28,6 +25,7 @@ from graftlm.yaml_nodes import (
     parse_yaml,
     place,
 )
+from graftlm.yaml_values import NotAllowed, choices, count, scalar
 
 _SOURCE_KEYS = ("data", "eval_data", "selection_data")
 # Words from other trainers that no string distance leads to the right key.
@@ -238,15 +236,11 @@ def _normalise_sources(root: MappingNode) -> None:
 # --- nodes to checked values -----------------------------------------------------------------------------------------
 
 
-class _NotAllowed(Exception):
-    """Its text says what is allowed instead."""
-
-
 def _read(node: Node, annotation: Any, key: str) -> Any:
     """The value of `node` as `annotation` asks; `key` is its dotted name, for messages."""
     try:
         return _value(node, annotation, key)
-    except _NotAllowed as error:
+    except NotAllowed as error:
         kind = "a sequence" if isinstance(node, SequenceNode) else "a mapping"
         shown = repr(node.value) if isinstance(node, ScalarNode) else kind
         raise UserError(f"{place(node)}{key}: {shown} must be {error}") from error
@@ -263,15 +257,15 @@ def _value(node: Node, annotation: Any, key: str) -> Any:
         for option in arguments:
             try:
                 return _value(node, option, key)
-            except _NotAllowed as error:
+            except NotAllowed as error:
                 allowed.append(str(error))
-        raise _NotAllowed(" or ".join(allowed))
+        raise NotAllowed(" or ".join(allowed))
     if origin is tuple:
         entries = node.value if isinstance(node, SequenceNode) else [] if is_null(node) else [node]
         return tuple(_read(entry, arguments[0], key) for entry in entries)
     if origin is dict:
         if not isinstance(node, MappingNode):
-            raise _NotAllowed("a mapping, e.g. {name: value}")
+            raise NotAllowed("a mapping, e.g. {name: value}")
         pairs = _pairs(node, key).items()
         return {name: _read(child, arguments[1], f"{key}.{name}") for name, (_, child) in pairs}
     if dataclasses.is_dataclass(annotation):
@@ -279,53 +273,8 @@ def _value(node: Node, annotation: Any, key: str) -> Any:
     if origin is Literal:
         if isinstance(node, ScalarNode) and node.value in arguments:
             return node.value
-        raise _NotAllowed(_choices(arguments, str(node.value) if isinstance(node, ScalarNode) else ""))
-    return _count(node) if annotation is int and key.rpartition(".")[2] in _COUNTS else _scalar(node, annotation)
-
-
-def _choices(allowed: Sequence[str], given: str) -> str:
-    """What is allowed in place of `given`, the nearest first."""
-    near = difflib.get_close_matches(given, allowed, n=1)
-    rest = [word for word in allowed if word not in near]
-    listed = ", ".join(rest) if len(rest) == 1 else f"one of {', '.join(rest)}"
-    return f"{near[0]} (the nearest)" + (f", or {listed}" if rest else "") if near else listed
-
-
-def _count(node: Node) -> int:
-    """A number of parameters, as a verb's option takes it or as any whole number is written."""
-    with contextlib.suppress(_NotAllowed):
-        return int(_scalar(node, int))
-    try:
-        return parameter_count(node.value if isinstance(node, ScalarNode) else "")
-    except ValueError as error:
-        raise _NotAllowed("a number of parameters (100M, 1.5B, 134515008)") from error
-
-
-def _scalar(node: Node, kind: Any) -> Any:
-    # The text as written is read by the field's type, not by YAML 1.1's guess, which takes 1e-4 for text and 010 for 8.
-    if kind is type(None):
-        if is_null(node):
-            return None
-        raise _NotAllowed("null")
-    if kind is bool:
-        if isinstance(node, ScalarNode) and node.value.lower() in yaml.SafeLoader.bool_values:
-            return yaml.SafeLoader.bool_values[node.value.lower()]
-        raise _NotAllowed("true or false")
-    if kind is str:
-        if isinstance(node, ScalarNode) and not is_null(node):
-            return node.value
-        raise _NotAllowed("text")
-    text = node.value if isinstance(node, ScalarNode) else ""
-    with contextlib.suppress(ValueError):
-        if kind is int:
-            return int(text)
-    with contextlib.suppress(ValueError):
-        number = float(text)
-        if kind is float and math.isfinite(number):
-            return number
-        if kind is int and number.is_integer():  # 1e6
-            return int(number)
-    raise _NotAllowed("a whole number" if kind is int else "a number")
+        raise NotAllowed(choices(arguments, str(node.value) if isinstance(node, ScalarNode) else ""))
+    return count(node) if annotation is int and key.rpartition(".")[2] in _COUNTS else scalar(node, annotation)
 
 
 def _pairs(node: MappingNode, key: str) -> dict[str, tuple[Node, Node]]:
@@ -344,7 +293,7 @@ def _pairs(node: MappingNode, key: str) -> dict[str, tuple[Node, Node]]:
 def _dataclass(node: Node, kind: Any, key: str) -> Any:
     if not isinstance(node, MappingNode):
         example = next(iter(get_type_hints(kind)))
-        raise _NotAllowed(f"a mapping, e.g. {{{example}: VALUE}}")
+        raise NotAllowed(f"a mapping, e.g. {{{example}: VALUE}}")
     hints = get_type_hints(kind)
     preset = None
     values = {}
