@@ -1,10 +1,11 @@
 """GGUF files, run by llama.cpp: log-probabilities equal to the model's, for every family and shape that is taken."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
@@ -12,6 +13,7 @@ from graftlm.errors import UserError
 from graftlm.export.checking import check, compared
 from graftlm.export.gguf import export_gguf
 from graftlm.export.llama_cpp import ask
+from graftlm.export.rounding import computing
 from graftlm.export.targets import CANDIDATES, TARGETS
 from graftlm.pruning.padding import padded
 from graftlm.pruning.per_layer_modeling import FAMILIES, output_projections
@@ -274,7 +276,7 @@ def test_the_check_tells_a_wrong_file_from_a_right_one_and_leaves_nothing(tmp_pa
     found = check(export_gguf(model, TOKENIZER, file).path, model, TOKENIZER, "f32")
     assert found.difference < 1e-5 and found.same_first == found.positions == 12
     before = file.read_bytes()
-    for kind in ("f32", "q8_0"):
+    for kind in ("f32", "f16"):
         with pytest.raises(UserError, match="the file was not kept"):
             export_gguf(
                 model, TOKENIZER, file, inspect=lambda written, kind=kind: check(written, other, TOKENIZER, kind)
@@ -284,6 +286,58 @@ def test_the_check_tells_a_wrong_file_from_a_right_one_and_leaves_nothing(tmp_pa
     file.write_text("nothing of the kind")
     with pytest.raises(UserError, match=r"llama\.cpp does not take it"):
         check(file, model, TOKENIZER, "f32")
+
+
+FEWER = ("f16", "bf16", "q8_0")
+SMALL = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_of_fewer_bits_takes_right_files_of_every_family(family: str, tmp_path: Path) -> None:
+    for held in (torch.float32, torch.bfloat16):
+        model = model_of(family, {}, **SMALL).to(held)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for kind in FEWER:
+            file = export_gguf(model, TOKENIZER, tmp_path / "m.gguf", kind=kind).path
+            found = check(file, model, TOKENIZER, kind)
+            assert found.unexplained is not None and found.unexplained <= max(found.divergence, 1e-6)
+        for name, value in model.state_dict().items():
+            assert value.dtype == before[name].dtype and torch.equal(value, before[name])
+        assert model(torch.tensor([IDS])).logits.dtype == held
+
+
+@pytest.mark.parametrize("kind", FEWER)
+@pytest.mark.parametrize("wrong", ("output biases", "one matrix by 30%", "norm", "two layers changed"))
+def test_the_check_of_fewer_bits_finds_small_mistakes(kind: str, wrong: str, tmp_path: Path) -> None:
+    model = model_of("llama", {}, **SMALL)
+    other = copy.deepcopy(model)
+    layers = other.model.layers
+    with torch.no_grad():
+        if wrong == "output biases":  # half as large as what surrounds them
+            scale = 0.5 * float(model.model.layers[0].mlp(torch.randn(1, 64)).std())
+            layers[0].mlp.down_proj.bias = torch.nn.Parameter(scale * torch.ones(64))
+        elif wrong == "one matrix by 30%":
+            layers[1].self_attn.v_proj.weight.mul_(1.3)
+        elif wrong == "norm":
+            layers[1].input_layernorm.weight.add_(0.5)
+        else:
+            other.model.layers[0].mlp, other.model.layers[1].mlp = layers[1].mlp, layers[0].mlp
+    with pytest.raises(UserError, match="more than rounding explains"):
+        export_gguf(
+            model, TOKENIZER, tmp_path / "m.gguf", kind=kind, inspect=lambda file: check(file, other, TOKENIZER, kind)
+        )
+
+
+def test_an_error_in_the_middle_leaves_the_model_as_it_was() -> None:
+    model = model_of("llama", {}, **SMALL).bfloat16()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    failing = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), computing(model, torch.float64, GGMLQuantizationType.Q8_0):
+        model(torch.tensor([IDS]))
+    failing.remove()
+    assert not model.model.layers[1].mlp.down_proj._forward_pre_hooks
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.bfloat16 and torch.equal(value, before[name])
 
 
 def test_metadata_says_what_the_file_is(tmp_path: Path) -> None:
