@@ -370,7 +370,7 @@ def test_an_interrupted_run_leaves_nothing(text, tmp_path, monkeypatch, capsys):
         (("--sparsity", "2"), "between 0 and 1"),
         (("--sparsity", "0.2", "--seed", "-1"), "command line: seed: -1 must be at least 0"),
         (("target_parameters=0.1G",), "target_parameters 100,000,000 is above the model's 214,080"),
-        (("target_parameters=100X",), "'100X' must be a number of parameters (100M, 1.5B, 134515008) or null"),
+        (("target_parameters=100X",), "'100X' must be a whole number (100M, 1.5B, 134515008) or null"),
         ((), "one of the two"),
         (("--sparsity", "0.2", "sampels=3"), "sampels"),
         (("--sparsity", "0.2", "other-model"), "one MODEL"),

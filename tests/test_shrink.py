@@ -428,6 +428,8 @@ def test_sizes_may_be_written_as_people_do(tmp_path):
         file.write_text(f"model: tiny-llama\ndata: x.txt\nmax_steps: 9\ntarget_parameters: {written}\n")
         assert load_shrink(file).settings.target_parameters == load_shrink(file).prune.target_parameters == count
         assert load_shrink(file, ["target_parameters=1B"]).settings.target_parameters == 10**9
+        file.write_text(f"model: tiny-llama\ndata: x.txt\ntarget_parameters: 1M\ntokens: {written}\n")
+        assert load_shrink(file).settings.tokens == count
 
 
 def test_config_reads_back_equal(tmp_path):

@@ -8,9 +8,11 @@ import textwrap
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 Number = TypeVar("Number", int, float)
+Count = Annotated[int, "count"]
+"""Of a config's field: a whole number that may be written 100M or 1.5B (parameter_count)."""
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -105,7 +105,14 @@ def _type(annotation: str, owner: type[Any]) -> str:
     """An annotation of a field of `owner` in the words of YAML: `Literal['a', 'b'] | None` -> a, b or null; names that
     stand for a Literal are resolved where `owner` was defined."""
     tree = ast.parse(annotation, mode="eval").body
-    words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "None": "null"}
+    words = {
+        "str": "text",
+        "int": "whole number",
+        "Count": "whole number",
+        "float": "number",
+        "bool": "true or false",
+        "None": "null",
+    }
     words |= {kind.__name__: f"mapping, see {title} below" for title, kind, _ in SECTIONS}
     words |= {"SourceConfig": "source, see below", "Node": "mapping"}
 

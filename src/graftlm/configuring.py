@@ -12,6 +12,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from graftlm.apex_config import ApexConfig, apply_preset
+from graftlm.arguments import Count
 from graftlm.errors import UserError
 from graftlm.training.config import RunConfig, SourceConfig
 from graftlm.whose_config import check_verb
@@ -30,8 +31,6 @@ from graftlm.yaml_values import NotAllowed, choices, count, scalar
 _SOURCE_KEYS = ("data", "eval_data", "selection_data")
 # Words from other trainers that no string distance leads to the right key.
 _SYNONYMS = {"lr": "learning_rate", "dataset": "data", "train_file": "data", "model_name_or_path": "model"}
-_COUNTS = ("target_parameters",)
-"""Keys whose whole numbers may be written 100M or 1.5B."""
 _EXAMPLES = {
     "model": "give model: a folder, a Hub id, a .gguf file, or the built-in smollm2 or tiny-llama",
     "data": "give data: a file, a folder, or hub:OWNER/NAME",
@@ -274,7 +273,7 @@ def _value(node: Node, annotation: Any, key: str) -> Any:
         if isinstance(node, ScalarNode) and node.value in arguments:
             return node.value
         raise NotAllowed(choices(arguments, str(node.value) if isinstance(node, ScalarNode) else ""))
-    return count(node) if annotation is int and key.rpartition(".")[2] in _COUNTS else scalar(node, annotation)
+    return count(node) if annotation == Count else scalar(node, annotation)
 
 
 def _pairs(node: MappingNode, key: str) -> dict[str, tuple[Node, Node]]:
@@ -294,7 +293,7 @@ def _dataclass(node: Node, kind: Any, key: str) -> Any:
     if not isinstance(node, MappingNode):
         example = next(iter(get_type_hints(kind)))
         raise NotAllowed(f"a mapping, e.g. {{{example}: VALUE}}")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     preset = None
     values = {}
     for name, (name_node, child) in _pairs(node, key).items():

@@ -26,13 +26,13 @@ def choices(allowed: Sequence[str], given: str) -> str:
 
 
 def count(node: Node) -> int:
-    """A number of parameters, as a verb's option takes it or as any whole number is written."""
+    """A whole number as people write it (100M, 1.5B), or as any other is written."""
     with contextlib.suppress(NotAllowed):
         return int(scalar(node, int))
     try:
         return parameter_count(node.value if isinstance(node, ScalarNode) else "")
     except ValueError as error:
-        raise NotAllowed("a number of parameters (100M, 1.5B, 134515008)") from error
+        raise NotAllowed("a whole number (100M, 1.5B, 134515008)") from error
 
 
 def scalar(node: Node, kind: Any) -> Any:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from graftlm.arguments import Count
 from graftlm.errors import UserError
 
 MethodName = Literal[
@@ -35,7 +36,7 @@ class PruneSettings:
     """How: adapt (Adapt-Pruner), a method it is compared with, or a control (magnitude, random, wina)."""
     sparsity: float | None = None
     """Share of the parameters of heads and channels that goes, 0 to 1; give this or target_parameters."""
-    target_parameters: int | None = None
+    target_parameters: Count | None = None
     """Parameters of the model that comes out, at most, e.g. 100M; as close below as one component allows."""
     exact: bool = True
     """The layers' sparsities are shifted alike until their sum meets the target. False: as published, every layer keeps

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from yaml.nodes import Node
 
+from graftlm.arguments import Count
 from graftlm.comparing.config import check_arms
 from graftlm.comparing.pruning.jobs import Job, PruneJob, ShrinkJob
 from graftlm.comparing.statistics import FEWEST
@@ -61,7 +62,7 @@ class PruneCompareConfig:
     """What a share is of. parameters: of the weights of all heads and channels, and every variant must meet the number
     of parameters that is left then; channels: of what each method itself counts, as papers have it (exact: false):
     heads and channels, slicegpt's hidden size, shortgpt's layers."""
-    target_parameters: tuple[int, ...] = ()
+    target_parameters: tuple[Count, ...] = ()
     """Sizes as numbers of parameters that must not be exceeded, instead of sparsities or beside them."""
     data: tuple[SourceConfig, ...] = ()
     """Text that importance is measured on (of shrink: that it trains on, too); none: the text that graftlm demo trains

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from yaml.nodes import Node
 
+from graftlm.arguments import Count
 from graftlm.configuring import config_from_layers, config_to_dict, load_dataclass, place_of, take
 from graftlm.errors import UserError
 from graftlm.pruning.settings import PruneSettings
@@ -55,7 +56,7 @@ class ShrinkConfig:
     """Held-out data; empty holds back train.eval_fraction of the training documents."""
     output_dir: str = "runs/shrink"
     """Folder of the phases, of the model that comes out (`model`), and of its report."""
-    target_parameters: int | None = None
+    target_parameters: Count | None = None
     """Parameters of the model that comes out, at most, e.g. 100M; as close below as one component allows. Or
     sparsity."""
     sparsity: float | None = None
@@ -70,7 +71,7 @@ class ShrinkConfig:
     """Tokens of a phase: growing gives the i-th of T, from 0, the share 2 (i + 1) / (T (T + 1)) (eq. 11)."""
     max_steps: int | None = None
     """Optimizer steps of all phases together. Give this or tokens."""
-    tokens: int | None = None
+    tokens: Count | None = None
     """Tokens of all phases together, padding counted."""
     recovery: Literal["plain", "apex"] = "plain"
     """How a phase trains: everything plainly, or with APEX, whose stages are laid out over each phase
