@@ -216,6 +216,11 @@ def needs_code(folder: str | Path) -> bool:
     return "auto_map" in config and not is_own_type(config.get("model_type"))
 
 
+def is_stock(model: torch.nn.Module) -> bool:
+    """Whether `model` is of a class that transformers itself has, as against ours and those of remote code."""
+    return type(model).__module__.startswith("transformers.models.")
+
+
 def has_own_class(model: torch.nn.Module) -> bool:
     """Whether transformers alone has no class for `model`: its folder then holds a copy of ours (OWN_CLASSES)."""
     return is_own_type(getattr(model.config, "model_type", ""))

@@ -139,7 +139,7 @@ def _check_file(out: Path, model: str) -> None:
 def _folder(args: argparse.Namespace) -> None:
     from graftlm.anatomy import is_per_layer
     from graftlm.export.card import copied_card, padded_card
-    from graftlm.models import load_tokenizer, save_model
+    from graftlm.models import is_stock, load_tokenizer, save_model
     from graftlm.pruning.shapes import shapes_of
 
     if args.out is None:
@@ -154,7 +154,7 @@ def _folder(args: argparse.Namespace) -> None:
     remove_unfinished(args.out.parent, glob.escape(args.out.name))  # of an export that was killed
     model = _load(args.model, args.trust_remote_code)
     model_type = str(model.config.model_type)
-    stock = type(model).__module__.startswith("transformers.models.")
+    stock = is_stock(model)
     if args.format == "stock" and not stock:
         padding = "; --format padded makes it one, at the size of its widest layer"
         raise UserError(

@@ -2,9 +2,8 @@
 
 from transformers import PreTrainedModel
 
-from graftlm.anatomy import is_per_layer
 from graftlm.errors import UserError
-from graftlm.models import context_of
+from graftlm.models import context_of, has_own_class, is_stock
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shapes import per_layer_config_class, shapes_of
 from graftlm.pruning.sliced_modeling import FAMILIES as SLICEABLE
@@ -37,11 +36,10 @@ def check(model: PreTrainedModel, settings: PruneSettings) -> None:
 
 def _check_code(model: PreTrainedModel) -> None:
     """What comes out is built from transformers' classes and this package's."""
-    module = type(model).__module__
-    if not (module.startswith(("transformers.models.", "graftlm.")) or is_per_layer(model.config)):
+    if not (is_stock(model) or has_own_class(model)):
         raise UserError(
-            f"prune: {type(model).__name__} is a class with code of its own ({module}), which a pruned model would not "
-            f"have; prune a model of transformers' own classes"
+            f"prune: {type(model).__name__} is a class with code of its own ({type(model).__module__}), which a pruned "
+            "model would not have; prune a model of transformers' own classes"
         )
 
 

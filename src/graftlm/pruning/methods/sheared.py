@@ -86,40 +86,52 @@ def learn_masks(
     steps = settings.sheared_steps
     optimizer, schedule = _optimizer(model, list(gates.values()), constraints, settings)
     drawn: dict[str, Tensor] = {}
+    losses = []
+    with _gated_training(model, blocks, drawn, settings):
+        for step in range(steps):
+            for name, gate in gates.items():
+                drawn[name] = sampled(gate, torch.rand(gate.shape, generator=generator, device=device))
+            share = min(1.0, (step + 1) / max(1, WARM_UP_TARGET * steps))
+            penalty = torch.zeros((), device=device)
+            for kind, constraint in constraints.items():
+                expected = torch.stack([1 - open_probability(gates[name]).mean() for name in by_kind[kind]])
+                penalty = penalty + constraint(expected, share * wanted[kind])
+            optimizer.zero_grad()
+            losses.append(_backward(model, calibration(step), penalty))
+            if not math.isfinite(losses[-1]):
+                raise UserError(
+                    f"prune: sheared: the loss of step {step + 1} is NaN or Inf; the model is broken, its dtype "
+                    "too narrow, or sheared_weight_rate or sheared_gate_rate too high"
+                )
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for gate in gates.values():
+                    gate.clamp_(-LARGEST, LARGEST)
+            heard(step + 1, _expected(gates))
+    return Learned({name: gate.detach().cpu() for name, gate in gates.items()}, _expected(gates), tuple(losses))
+
+
+@contextmanager
+def _gated_training(
+    model: PreTrainedModel, blocks: Sequence[Block], drawn: Mapping[str, Tensor], settings: PruneSettings
+) -> Iterator[None]:
+    """Within it, `model` trains with each block's output multiplied by its gates in `drawn`, its own weights only where
+    they have a learning rate; afterwards it is in the mode that it was in."""
     handles = [
         model.get_submodule(block.output.module).register_forward_pre_hook(partial(_gated, block, drawn))
         for block in blocks
     ]
-    was_training, losses = model.training, []
-    model.train()
+    was_training = model.training
     wanted_gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.train()
     if not settings.sheared_weight_rate:
         model.requires_grad_(False)
+    device = next(model.parameters()).device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(settings.seed + 1)  # of dropout, whose generator is the global one; not the gates' draws
-            for step in range(steps):
-                for name, gate in gates.items():
-                    noise = torch.rand(gate.shape, generator=generator, device=device)
-                    drawn[name] = sampled(gate, noise)
-                share = min(1.0, (step + 1) / max(1, WARM_UP_TARGET * steps))
-                penalty = torch.zeros((), device=device)
-                for kind, constraint in constraints.items():
-                    expected = torch.stack([1 - open_probability(gates[name]).mean() for name in by_kind[kind]])
-                    penalty = penalty + constraint(expected, share * wanted[kind])
-                optimizer.zero_grad()
-                losses.append(_backward(model, calibration(step), penalty))
-                if not math.isfinite(losses[-1]):
-                    raise UserError(
-                        f"prune: sheared: the loss of step {step + 1} is NaN or Inf; the model is broken, its dtype "
-                        "too narrow, or sheared_weight_rate or sheared_gate_rate too high"
-                    )
-                optimizer.step()
-                schedule.step()
-                with torch.no_grad():
-                    for gate in gates.values():
-                        gate.clamp_(-LARGEST, LARGEST)
-                heard(step + 1, _expected(gates))
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -127,7 +139,6 @@ def learn_masks(
         model.zero_grad()
         for parameter, wanted_gradient in wanted_gradients:
             parameter.requires_grad_(wanted_gradient)
-    return Learned({name: gate.detach().cpu() for name, gate in gates.items()}, _expected(gates), tuple(losses))
 
 
 @contextmanager
