@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_the_verb_writes_a_model_that_opens(text, tmp_path, capsys):
     assert prune("--sparsity", "0.3", *given) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "s, on 20 sequences of 64 tokens (10 in each of 2 steps)" in said
-    assert f"--uniform --method adapt --data {text} --out {out}-uniform iterations=2 amplitude=0.1" in said
+    assert f"--uniform --method adapt --data {text} --out {out}-uniform iterations=2" in said
     model, original = load_model(str(out)), load_model("tiny-llama")
     summary = json.loads((out / "pruning.json").read_text())
     target = count_parameters(original) - 0.3 * sum(
@@ -154,6 +155,30 @@ def test_the_verb_writes_a_model_that_opens(text, tmp_path, capsys):
     assert type(load_model(str(out))).__name__ == "LlamaForCausalLM"
     assert count_parameters(load_model(str(out))) <= count_parameters(model)
     assert "uniform control" not in capsys.readouterr().out
+
+
+def test_the_printed_control_of_a_preset_runs_and_gets_nothing_that_it_does_not_read(text, tmp_path, capsys):
+    words = [
+        "--preset",
+        "at-once",
+        "--sparsity",
+        "0.3",
+        "--data",
+        str(text),
+        "--out",
+        str(tmp_path / "small"),
+        "samples=4",
+    ]
+    assert cli.main(["prune", "tiny-llama", *words]) == 0
+    command = capsys.readouterr().out.partition("uniform control: ")[2].splitlines()[0]
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert "without effect" not in capsys.readouterr().out
+    control, adaptive = (
+        json.loads((tmp_path / name / "pruning.json").read_text()) for name in ("small-uniform", "small")
+    )
+    assert control["parameters"] <= adaptive["parameters"] and len(set(map(str, control["shapes"]))) == 1
+    same = ("samples", "iterations", "heads_by", "seed")
+    assert all(control["settings"][name] == adaptive["settings"][name] for name in same)
 
 
 def test_a_uniform_pruning_of_layers_that_differ_is_told_of_no_control(text, tmp_path, capsys):

@@ -25,7 +25,7 @@ from graftlm.progress import step_bar
 from graftlm.pruning.base import Pruned, PruneStep
 from graftlm.pruning.calibration import TextCalibration, calibration_from
 from graftlm.pruning.checks import check
-from graftlm.pruning.notes import notes_on
+from graftlm.pruning.notes import notes_on, unused
 from graftlm.pruning.prune import prune
 from graftlm.pruning.saving import SUMMARY, save_pruned
 from graftlm.pruning.settings import PruneSettings
@@ -214,8 +214,9 @@ def _print_end(
 
 
 def _same_settings(settings: PruneSettings) -> list[str]:
-    """Words that give the uniform control the other settings, where they are not the defaults."""
+    """Words that give the uniform control the other settings, where they are not the defaults and it reads them."""
     own = ("method", "sparsity", "target_parameters", "uniform", "exact", "preset")
     default = PruneSettings(sparsity=settings.sparsity, target_parameters=settings.target_parameters)
-    given = ((name, value) for name, value in asdict(settings).items() if name not in own)
+    idle = unused(replace(settings, uniform=True, preset=None))
+    given = ((name, value) for name, value in asdict(settings).items() if name not in (*own, *idle))
     return [f"{name}={value}" for name, value in given if value != getattr(default, name)]
