@@ -20,7 +20,7 @@ from graftlm.configuring import load_config
 from graftlm.errors import UserError
 from graftlm.training.estimates import estimate
 from graftlm.training.memory import fits_gpu
-from graftlm.training.plan import load_skeleton
+from graftlm.training.plan import model_for_shapes
 
 # Hidden size, FFN channels, layers, heads, key-value heads, vocabulary.
 SHAPES = {
@@ -56,7 +56,7 @@ def peaks(shape: tuple[int, ...], settings: list[str], gpus: list[int]) -> list[
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         run = load_config(None, [f"model={folder}", "data=unread.txt", *COMMON, *settings])
-        model = load_skeleton(run)
+        model = model_for_shapes(run)
         found: list[dict[str, Any] | None] = []
         for count in gpus:
             try:

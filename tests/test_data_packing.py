@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from graftlm.samples import IGNORED
 from graftlm.training.data.collate import Collator
 from graftlm.training.data.encode import Encoded
-from graftlm.training.data.packing import IGNORE, Block, ConversationPacker, TextPacker
+from graftlm.training.data.packing import Block, ConversationPacker, TextPacker
 from graftlm.training.data.statistics import Counts
 
 lengths_of_documents = st.lists(st.integers(1, 30), min_size=1, max_size=20)
@@ -40,12 +41,12 @@ def test_text_blocks_are_the_stream(lengths, max_length, boundaries):
     for number, block in enumerate(blocks):
         if not boundaries:
             assert block.starts is None
-            assert np.flatnonzero(block.labels == IGNORE).tolist() == [0]
+            assert np.flatnonzero(block.labels == IGNORED).tolist() == [0]
             continue
         ids = block.input_ids
         wanted = [i for i in range(len(block)) if i == 0 or int(ids[i]) in borders]
         assert block.starts.tolist() == wanted, number
-        assert np.flatnonzero(block.labels == IGNORE).tolist() == wanted
+        assert np.flatnonzero(block.labels == IGNORED).tolist() == wanted
         assert np.flatnonzero(block.position_ids == 0).tolist() == wanted
         assert set(np.diff(block.position_ids)[np.diff(block.position_ids) > 0].tolist()) <= {1}
 
@@ -134,7 +135,7 @@ def test_best_fit_wastes_little_and_is_deterministic():
 
 def test_whole_conversation_supervised_without_mask():
     block = Block(np.arange(5, 9, dtype=np.int32), None, np.asarray([0, 2], np.int32))
-    assert block.labels.tolist() == [IGNORE, 6, IGNORE, 8]
+    assert block.labels.tolist() == [IGNORED, 6, IGNORED, 8]
     assert block.position_ids.tolist() == [0, 1, 0, 1]
 
 
@@ -151,7 +152,7 @@ def test_collator_without_padding_gives_no_mask():
 def test_collator_pads_rows():
     batch = Collator(9)([item([4], False), item([2], False)])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [1, 2, 9, 9]]
-    assert batch["labels"].tolist() == [[IGNORE, 2, 3, 4], [IGNORE, 2, IGNORE, IGNORE]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3, 4], [IGNORED, 2, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
@@ -159,7 +160,7 @@ def test_collator_makes_padding_documents_of_one_token():
     batch = Collator(9)([item([2, 3], True), item([2], True)])
     assert "attention_mask" not in batch
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 0, 0]]
-    assert batch["labels"].tolist()[1] == [IGNORE, 2, IGNORE, IGNORE, IGNORE]
+    assert batch["labels"].tolist()[1] == [IGNORED, 2, IGNORED, IGNORED, IGNORED]
 
 
 def test_collator_flattens_for_flash_attention():

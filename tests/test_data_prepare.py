@@ -20,11 +20,11 @@ from rich.console import Console
 from test_data_support import byte_tokenizer, conversation, run_config, write_jsonl
 
 from graftlm.errors import UserError
+from graftlm.samples import IGNORED
 from graftlm.training.config import SourceConfig
 from graftlm.training.data import prepare_data, show_data
 from graftlm.training.data.cache import ABANDONED_SECONDS, tokenizer_fingerprint
 from graftlm.training.data.mixture import index_of_epoch, interleave, mixed_index
-from graftlm.training.data.packing import IGNORE
 from graftlm.training.data.pipeline import HoldOutRule
 
 TOKENIZER = byte_tokenizer()
@@ -76,7 +76,7 @@ def test_conversations_are_packed_or_padded(chats, tmp_path):
     assert packed.statistics.supervised_tokens == rows.statistics.supervised_tokens
 
     def learnt(data):
-        return sorted(TOKENIZER.decode(item["labels"][item["labels"] != IGNORE].tolist()) for item in data.train)
+        return sorted(TOKENIZER.decode(item["labels"][item["labels"] != IGNORED].tolist()) for item in data.train)
 
     assert learnt(rows)[0].startswith("Answer") and learnt(rows)[0].endswith("<|im_end|>")
     assert "".join(learnt(packed)).count("Answer") == len(learnt(rows))

@@ -17,8 +17,9 @@ from graftlm.methods.sparse_settings import HftSettings
 from graftlm.models import load_model
 from graftlm.training import costs
 from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.training.estimates import estimate
 from graftlm.training.method_costs import prepared, without_weights
-from graftlm.training.plan import estimate, plan
+from graftlm.training.plan import plan
 from graftlm.training.run import train_one
 
 ADAPTERS = ["lora", "dora", "rslora", "pissa", "olora", "eva", "lora_ga", "miss", "relora"]

@@ -25,7 +25,8 @@ from graftlm.training.config import DistributedConfig, RunConfig, SourceConfig
 from graftlm.training.control import control_config
 from graftlm.training.data import prepare_data
 from graftlm.training.data.materialise import padded_length
-from graftlm.training.plan import compare_plan, estimate, load_skeleton, plan
+from graftlm.training.estimates import compare_plan, estimate
+from graftlm.training.plan import model_for_shapes, plan
 from graftlm.training.probe import measure
 from graftlm.training.scaled_copy import cut
 
@@ -299,7 +300,7 @@ def test_a_folder_with_a_config_is_enough(tmp_path):
         intermediate_size=96, vocab_size=500,
     ).save_pretrained(tmp_path)  # fmt: skip
     given = config(model=str(tmp_path))
-    model = load_skeleton(given)
+    model = model_for_shapes(given)
     assert next(model.parameters()).is_meta
     planned = estimate(given, model, None)
     assert planned["total_parameters"] == sum(p.numel() for p in model.parameters())
@@ -325,7 +326,7 @@ def skeleton(tmp_path_factory):
 
 
 def test_fsdp2_divides_all_but_operators_and_ddp_nothing(skeleton):
-    model = load_skeleton(spread("none", skeleton))
+    model = model_for_shapes(spread("none", skeleton))
     alone = estimate(spread("none", skeleton), model, None, gpus=1)
     ddp = estimate(spread("ddp", skeleton), model, None, gpus=4)
     fsdp2 = estimate(spread("fsdp2", skeleton), model, None, gpus=4)
@@ -342,7 +343,7 @@ def test_fsdp2_divides_all_but_operators_and_ddp_nothing(skeleton):
 
 
 def test_bytes_sent_follow_the_strategy_and_the_number_of_processes(skeleton):
-    model = load_skeleton(spread("none", skeleton))
+    model = model_for_shapes(spread("none", skeleton))
     weights = 4 * sum(p.numel() for p in model.parameters())
     in_layers = 4 * sum(p.numel() for p in model.model.layers.parameters())
     assert estimate(spread("none", skeleton), model, None, gpus=1)["sent_bytes_per_step"] == {}
@@ -365,7 +366,7 @@ def test_bytes_sent_follow_the_strategy_and_the_number_of_processes(skeleton):
 
 @pytest.mark.parametrize("trains, budget", [("half", 0.6), ("small", 0.1)])
 def test_fsdp2_divides_slices_and_all_that_comes_with_them(trains, budget, skeleton):
-    model = load_skeleton(spread("none", skeleton))
+    model = model_for_shapes(spread("none", skeleton))
     apex = {"trains": trains, "budget": budget}
     given = spread("fsdp2", skeleton, apex=apex, gradient_accumulation_steps=2)
     alone, planned = (estimate(given, model, None, gpus=gpus) for gpus in (1, 4))
@@ -389,7 +390,7 @@ def test_fsdp2_divides_slices_and_all_that_comes_with_them(trains, budget, skele
 
 
 def test_steps_of_an_epoch_are_those_of_all_processes(skeleton):
-    model = load_skeleton(spread("none", skeleton))
+    model = model_for_shapes(spread("none", skeleton))
     planned = estimate(spread("ddp", skeleton, max_steps=-1), model, 33, gpus=4)
     assert (planned["steps_per_epoch"], planned["steps"]) == (5, 5)  # 8 sequences a step, the last one partial
 
@@ -409,7 +410,7 @@ def test_a_narrower_copy_saves_in_proportion(skeleton):
     """What a layer too large for this machine keeps, found on one of half and of a quarter of its width."""
     for settings in ({}, {"bf16": True}, {"apex": {"trains": "small", "budget": 0.2}}):
         given = spread("none", skeleton, max_length=64, **settings)
-        model = load_skeleton(given)
+        model = model_for_shapes(given)
         weights = sum(p.numel() for p in model.model.layers[0].parameters())
         kwargs = {"rows": 2, "length": 64, "layers": 2, "trained": weights // 4, "timed": False}
         whole = measure(given, model, **kwargs)
@@ -424,7 +425,7 @@ def test_a_narrower_copy_saves_in_proportion(skeleton):
 
 def test_fsdp2_keeps_no_copies_of_weights_and_activations_in_bfloat16(skeleton):
     autocast, sharded = (spread(strategy, skeleton, max_length=64, bf16=True) for strategy in ("ddp", "fsdp2"))
-    model = load_skeleton(autocast)
+    model = model_for_shapes(autocast)
     kwargs = {"rows": 2, "length": 64, "layers": 2, "trained": 0, "timed": False}
     a, b = measure(autocast, model, **kwargs), measure(sharded, model, **kwargs)
     in_layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
@@ -449,7 +450,7 @@ def test_plan_for_gpus_that_are_not_there(skeleton):
 
 
 def test_what_cannot_be_divided_the_plan_says(skeleton):
-    model = load_skeleton(spread("fsdp2", skeleton))
+    model = model_for_shapes(spread("fsdp2", skeleton))
     with pytest.raises(UserError, match="3 processes do not divide"):
         estimate(spread("fsdp2", skeleton), model, None, gpus=3)
     with pytest.raises(UserError, match="--gpus 2 asks for 2"):
@@ -468,7 +469,7 @@ def test_what_train_refuses_plan_refuses():
     with pytest.raises(UserError, match="trackio is not installed"):
         plan(config(report_to=("trackio",)), console=Console(quiet=True))
     with pytest.raises(UserError, match="no such folder"):
-        load_skeleton(dataclasses.replace(config(), model="./nowhere"))
+        model_for_shapes(dataclasses.replace(config(), model="./nowhere"))
 
 
 def test_estimates_come_close(tmp_path):

@@ -15,9 +15,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from graftlm.apex import Apex
 from graftlm.apex_config import ApexConfig
+from graftlm.checkpointing import APEX_FILE
 from graftlm.errors import UserError
 from graftlm.training.data.collate import Collator
-from graftlm.training.trainer import APEX_FILE, ApexTrainer
+from graftlm.training.trainer import ApexTrainer
 
 ACCUMULATION = 2
 APEX = {"stages": 2, "k_heads": 0.25, "k_channels": 0.25, "assess_samples": 6}

@@ -15,6 +15,9 @@ from torch import Tensor
 from graftlm.errors import UserError
 from graftlm.files import atomic_path
 
+APEX_FILE = "apex.safetensors"
+"""In a checkpoint: Apex.state_dict()."""
+
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
     """Write named tensors, and any JSON value beside them, to one safetensors file."""

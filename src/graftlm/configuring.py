@@ -14,7 +14,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from graftlm.apex_config import ApexConfig, apply_preset
 from graftlm.arguments import Count
 from graftlm.errors import UserError
-from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.training.config import SOURCE_KEYS, RunConfig, SourceConfig
 from graftlm.whose_config import check_verb
 from graftlm.yaml_nodes import (
     COMMAND_LINE,
@@ -22,13 +22,14 @@ from graftlm.yaml_nodes import (
     empty_mapping,
     is_null,
     no_line,
+    node_of,
     parse_file,
     parse_yaml,
     place,
+    plain,
 )
 from graftlm.yaml_values import NotAllowed, choices, count, scalar
 
-_SOURCE_KEYS = ("data", "eval_data", "selection_data")
 # Words from other trainers that no string distance leads to the right key.
 _SYNONYMS = {"lr": "learning_rate", "dataset": "data", "train_file": "data", "model_name_or_path": "model"}
 _EXAMPLES = {
@@ -58,9 +59,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), **given:
     check_verb(root, RunConfig)
     for key, value in given.items():
         if value is not None:
-            plain = parse_yaml(yaml.safe_dump(value if isinstance(value, list | dict) else str(value)), COMMAND_LINE)
-            assert plain is not None
-            _assign(root, [key], plain)
+            _assign(root, [key], node_of(value if isinstance(value, list | dict) else str(value), COMMAND_LINE))
     _normalise_sources(root)
     for keys, node in _read_overrides(overrides):
         _assign(root, keys, node)
@@ -127,18 +126,18 @@ def place_of(node: Node, key: str = "") -> str:
 def config_to_dict(config: Any) -> dict[str, Any]:
     """`config`, a RunConfig or another config dataclass, as plain dicts, lists and scalars; its YAML, loaded again,
     gives an equal one."""
-    return _plain(dataclasses.asdict(config))
+    found: dict[str, Any] = plain(dataclasses.asdict(config))
+    return found
 
 
 def dump_yaml(config: RunConfig) -> str:
     """The resolved config as YAML, keys in the order of RunConfig."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+    return dump_values(config_to_dict(config))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+def dump_values(values: dict[str, Any]) -> str:
+    """Resolved values as a config file has them."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 # --- overrides -------------------------------------------------------------------------------------------------------
@@ -219,7 +218,7 @@ def _lay(root: MappingNode, layer: Node, prefix: list[str]) -> None:
 def _normalise_sources(root: MappingNode) -> None:
     """Write `data: FILE`, `data: {...}` and `data: [FILE, ...]` in the one form they stand for: a list of mappings."""
     for index, (name, node) in enumerate(root.value):
-        if name.value not in _SOURCE_KEYS or is_null(node):
+        if name.value not in SOURCE_KEYS or is_null(node):
             continue
         entries = node.value if isinstance(node, SequenceNode) else [node]
         sources = []
@@ -335,7 +334,7 @@ def all_keys() -> dict[str, str]:
         if dataclasses.is_dataclass(kind):
             keys |= {f"{key}.{name}": name for name in get_type_hints(kind)}
     keys["apex.preset"] = "preset"
-    return keys | {f"{source}.{name}": name for source in _SOURCE_KEYS for name in get_type_hints(SourceConfig)}
+    return keys | {f"{source}.{name}": name for source in SOURCE_KEYS for name in get_type_hints(SourceConfig)}
 
 
 def _nearest(key: str, name: str, kind: Any) -> str:

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from graftlm.errors import UserError
-from graftlm.fused_loss import IGNORED, FusedLoss, logits_at_once, unfit
+from graftlm.fused_loss import FusedLoss, logits_at_once, unfit
+from graftlm.samples import IGNORED
 
 NOT_THE_TEACHERS = ("labels", "shift_labels", "num_items_in_batch", "use_cache")
 TABLES = 4

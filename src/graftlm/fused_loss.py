@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from graftlm.anatomy import FAMILIES, SLICED, model_family
 from graftlm.errors import UserError
+from graftlm.samples import IGNORED
 
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 """Values of a chunk, by kind of device; two tables of as many are alive at a time. A CPU's caches want it small. On a
 GPU every chunk reads the whole LM head and rewrites its gradient, which takes longer than the products where a chunk
 has few tokens."""
-IGNORED = -100
 
 
 def logits_at_once(device_type: str) -> int:

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from graftlm.fused_loss import IGNORED
 from graftlm.modes import evaluating
+from graftlm.samples import IGNORED
 from graftlm.sharding import is_sharded, summed
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 from graftlm.configuring import config_to_dict
 from graftlm.content import path_content
-from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.training.config import SOURCE_KEYS, RunConfig, SourceConfig
 from graftlm.training.data.readers import ROW_SUFFIXES, suffix
 from graftlm.training.data.sources import HUB_PREFIX, source_content
 
 NOT_PART = {"output_dir", "cache_dir", "control", "report_to", "logging_steps", "save_steps", "save_total_limit"}
 """Settings that change neither a weight nor an evaluation."""
-SOURCES = ("data", "eval_data", "selection_data")
-NAMED = (*SOURCES, "model", "chat_template", "distillation")
+NAMED = (*SOURCE_KEYS, "model", "chat_template", "distillation")
 """Settings that name files or folders."""
 SETTINGS = "settings.json"
 """Of a run folder of a comparison or a pilot: settings_of its config."""
@@ -33,7 +32,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 def content_of(config: RunConfig, key: str) -> Any:
     """One of NAMED by what is in its files, as JSON. Raises UserError for data that are not there."""
-    if key in SOURCES:
+    if key in SOURCE_KEYS:
         return content_of_sources(getattr(config, key))
     if key == "distillation":
         return {**config_to_dict(config.distillation), "teacher": by_content(config.distillation.teacher)}
@@ -82,7 +81,7 @@ def _changed(settings: Mapping[str, Any]) -> dict[str, Any]:
     source = {f.name: f.default for f in dataclasses.fields(SourceConfig) if f.name != "path"}
     changed: dict[str, Any] = {}
     for key, value in settings.items():
-        if key in SOURCES:
+        if key in SOURCE_KEYS:
             value = [{k: v for k, v in _without_names(entry).items() if v != source.get(k)} for entry in value]
         elif isinstance(defaults.get(key), dict) and isinstance(value, Mapping):
             value = {k: v for k, v in value.items() if v != defaults[key].get(k)} or defaults[key]

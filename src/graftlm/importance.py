@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graftlm.anatomy import Block, Matrix, linear
-from graftlm.fused_loss import IGNORED
 from graftlm.modes import checkpointing, evaluating
 from graftlm.panels import local
+from graftlm.samples import IGNORED
 from graftlm.sharding import is_first, is_sharded, sum_gradients, summed
 
 

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""The label of a token that is not supervised."""
+
 
 @dataclass(frozen=True)
 class Samples:

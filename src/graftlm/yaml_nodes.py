@@ -1,6 +1,8 @@
 """YAML as nodes, which are kept and not turned into values, because a node knows its file and line."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
@@ -19,6 +21,20 @@ def parse_yaml(text: str, name: str) -> Node | None:
         return loader.get_single_node()
     finally:
         loader.dispose()
+
+
+def node_of(values: Any, name: str) -> Node:
+    """The node of what was not read from a file: values of Python, said to be in `name`."""
+    node = parse_yaml(yaml.safe_dump(plain(values)), name)
+    assert node is not None  # which only an empty text has
+    return node
+
+
+def plain(value: Any) -> Any:
+    """`value` as YAML and JSON have it, which know no tuples: of dicts, lists and scalars."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def parse_file(file: str | None) -> MappingNode:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from yaml.nodes import MappingNode, Node
 
 from graftlm.apex_config import ApexConfig
+from graftlm.comparing.statistics import few_seeds_note
 from graftlm.configuring import config_from_layers, load_dataclass, place_of, take
 from graftlm.errors import UserError
 from graftlm.methods.sparse_settings import ReweightingSettings
@@ -154,9 +155,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     variants = [_variant(name, node, base, settings) for name, node in settings.variants.items()]
     controls, matched = _controls(base, variants, settings)
     arms = [*controls, *(dataclasses.replace(arm, matched=matched[arm.name]) for arm in variants)]
-    notes = []
-    if len(settings.seeds) < 3:
-        notes.append(f"seeds {list(settings.seeds)}: too few for an interval, so none is given (at least 3)")
+    notes = few_seeds_note(settings.seeds)
     if len(settings.seeds) > 1 and one_order(base):
         notes.append(f"{ONE_ORDER}, and no interval is given: leave streaming out of base for one")
     chooses = any(len(arm.learning_rates) > 1 for arm in arms)

@@ -23,6 +23,13 @@ GRID = 2_001
 """Points of log tokens at which a curve is looked at: between 0.5 and 2 times the tokens, 0.07% apart."""
 
 
+def few_seeds_note(seeds: Sequence[int]) -> list[str]:
+    """What to tell who compares over fewer seeds than an interval needs."""
+    if len(seeds) >= FEWEST:
+        return []
+    return [f"seeds {list(seeds)}: too few for an interval, so none is given (at least {FEWEST})"]
+
+
 @dataclass(frozen=True)
 class Difference:
     """The mean of paired differences, with two intervals (None under three pairs, and of copies of one run).

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import UserError
-from graftlm.fused_loss import IGNORED
 from graftlm.methods.adapters import ADAPTER, Adapters
 from graftlm.methods.base import Batches
+from graftlm.samples import IGNORED
 
 PREFIX = "base_model.model."
 """Before a layer's name in PEFT's state."""

@@ -7,17 +7,15 @@ from graftlm.errors import UserError
 
 
 def prune(args: argparse.Namespace) -> None:
-    import yaml
-
     from graftlm.configuring import config_from_layers, overrides_node
     from graftlm.pruning.settings import PruneSettings
-    from graftlm.yaml_nodes import COMMAND_LINE, empty_mapping, parse_yaml
+    from graftlm.yaml_nodes import COMMAND_LINE, empty_mapping, node_of
 
     if odd := [word for word in args.settings if not word.partition("=")[1]]:
         raise UserError(f"prune: {odd[0]!r}: one MODEL, please; further settings are written KEY=VALUE")
     given = {field.name: getattr(args, field.name, None) for field in fields(PruneSettings)}
-    written = yaml.safe_dump({name: value for name, value in given.items() if value is not None})
-    layers = [node for node in (parse_yaml(written, COMMAND_LINE), overrides_node(args.settings)) if node is not None]
+    options = node_of({name: value for name, value in given.items() if value is not None}, COMMAND_LINE)
+    layers = (options, overrides_node(args.settings))
     # Before torch is imported, so that what is wrong is said at once.
     settings: PruneSettings = config_from_layers(empty_mapping(COMMAND_LINE), *layers, kind=PruneSettings)
     from graftlm.pruning.run import run_prune

@@ -11,6 +11,7 @@ import yaml
 
 from graftlm.reporting.figures import MISSING
 from graftlm.reporting.style import headline_of
+from graftlm.yaml_nodes import plain
 
 
 def template(name: str) -> jinja2.Template:
@@ -62,24 +63,17 @@ def differences(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: 
             found += differences(value, default, f"{prefix}{key}.")
         elif key not in defaults:
             found.append((prefix + key, flow(value), MISSING))
-        elif _plain(value) != _plain(default):
+        elif plain(value) != plain(default):
             found.append((prefix + key, flow(value), flow(default)))
     return found
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
     """A config as its file has it."""
-    return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
 
 
 def flow(value: Any) -> str:
     """A value on one line, as YAML."""
-    text = yaml.safe_dump(_plain(value), default_flow_style=True, sort_keys=False, width=10_000)
+    text = yaml.safe_dump(plain(value), default_flow_style=True, sort_keys=False, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _plain(value: Any) -> Any:
-    """YAML knows no tuples: lists."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -21,6 +21,7 @@ from torch.distributed.tensor import zeros as sharded_zeros
 
 from graftlm.apex import CONTAINER
 from graftlm.checkpointing import (
+    APEX_FILE,
     check_tensors,
     load_optimizer,
     load_tensors,
@@ -39,7 +40,6 @@ from graftlm.training.distributed import gathered, is_main, rank, world_size
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
 STATE_FILE = "trainer_state.json"
-APEX_FILE = "apex.safetensors"
 METHOD_FILE = "method.safetensors"
 PHASE_FILE = "phase.safetensors"
 """In the place of OPTIMIZER_FILE, in a checkpoint that a phase begins with (phases.py)."""

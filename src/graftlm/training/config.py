@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from graftlm.apex_config import ApexConfig
 from graftlm.errors import UserError
@@ -15,6 +15,9 @@ from graftlm.methods.sparse_settings import (
     ReweightingSettings,
     S2ftSettings,
 )
+
+SOURCE_KEYS = ("data", "eval_data", "selection_data")
+"""Keys of a run that hold sources."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,15 @@ class RunConfig:
     """tensorboard, trackio, wandb; metrics.jsonl is written anyway."""
     seed: int = 0
     """Seed of data order and everything drawn at random."""
+
+    @property
+    def opened_with(self) -> dict[str, Any]:
+        """How the model is opened: arguments of models.load_model and load_skeleton."""
+        return {
+            "dtype": self.dtype,
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
     @property
     def sequences_per_step(self) -> int:

@@ -139,12 +139,7 @@ def renew_card(summary: dict[str, Any], config: RunConfig, folder: Path) -> None
 
 def _reopened_difference(trainer: RunTrainer, config: RunConfig, sample: Tensor, live: Tensor) -> float:
     """Largest of the logits of the saved model from those of the trained one, on the same sample."""
-    reopened = load_model(
-        str(trainer.run / "model"),
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    reopened = load_model(str(trainer.run / "model"), **config.opened_with)
     reopened.to(next(trainer.model.parameters()).device)
     with trainer.accelerator.autocast():  # as the live model computed
         return float((logits_of(reopened, sample) - live).abs().max())

@@ -11,19 +11,16 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graftlm import models
 from graftlm.errors import UserError
-from graftlm.models import load_model, load_tokenizer
+from graftlm.models import check_context, load_model, load_skeleton, load_tokenizer
 from graftlm.reporting import figures
 from graftlm.training.arguments import check_settings
 from graftlm.training.config import RunConfig
 from graftlm.training.control import control_config
 from graftlm.training.data import prepare_data
-from graftlm.training.estimates import compare_plan, estimate, remedies
+from graftlm.training.estimates import estimate, remedies
 from graftlm.training.layout import run_device
 from graftlm.training.memory import fits_gpu, machine_memory
-
-__all__ = ["compare_plan", "estimate", "plan"]
 
 PREPARED_AT_MOST = 64 * 2**20
 """Bytes of data above which it is not tokenised just to count its sequences."""
@@ -31,15 +28,10 @@ BYTES_A_TOKEN = 4
 """Assumed for data that is not tokenised: English text in a vocabulary of some ten thousands."""
 
 
-def load_skeleton(config: RunConfig) -> PreTrainedModel:
+def model_for_shapes(config: RunConfig) -> PreTrainedModel:
     """The model of a run for its shapes: without weights (on the meta device) where a config.json is all it takes."""
-    how: dict[str, Any] = {
-        "dtype": config.dtype,
-        "attn_implementation": config.attn_implementation,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    model = models.load_skeleton(config.model, **how)
-    return model if model is not None else load_model(config.model, **how)
+    model = load_skeleton(config.model, **config.opened_with)
+    return model if model is not None else load_model(config.model, **config.opened_with)
 
 
 class Sequences(NamedTuple):
@@ -103,8 +95,8 @@ def plan(config: RunConfig, *, gpus: int | None = None, console: Console | None 
     """
     console = console or Console(quiet=os.environ.get("RANK", "0") != "0")
     check_settings(config)
-    model = load_skeleton(config)
-    too_long = models.check_context(model, config.max_length)
+    model = model_for_shapes(config)
+    too_long = check_context(model, config.max_length)
     found = count_sequences(config)
     known: dict[str, Any] = {
         "evaluation_blocks": found.evaluation_blocks,

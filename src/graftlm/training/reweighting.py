@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftlm.fused_loss import IGNORED
 from graftlm.methods.sparse_settings import ReweightingSettings
-from graftlm.samples import Samples, find_samples
+from graftlm.samples import IGNORED, Samples, find_samples
 from graftlm.training.distributed import world_size
 
 

@@ -27,10 +27,9 @@ from graftlm.training.config import RunConfig
 from graftlm.training.control import run_control
 from graftlm.training.data import PreparedData, prepare_data
 from graftlm.training.distributed import agree, is_main, on_main, sharing_errors, taking_turns
-from graftlm.training.estimates import remedies
+from graftlm.training.estimates import compare_plan, estimate, remedies
 from graftlm.training.finishing import Activations, finish, mean_activations, renew_card
 from graftlm.training.metrics import Display, MetricsLog
-from graftlm.training.plan import compare_plan, estimate
 from graftlm.training.run_folder import alone_in, check_same_config, check_same_data, open_folder
 from graftlm.training.run_trainer import RunTrainer
 
@@ -190,14 +189,9 @@ def _activations(trainer: RunTrainer, config: RunConfig) -> Activations | None:
 def _open_model(config: RunConfig) -> PreTrainedModel:
     """The model; under fsdp2 without weights on all processes but the first (where the file's kind allows it), so that
     a machine's memory holds them once."""
-    how: dict[str, Any] = {
-        "dtype": config.dtype,
-        "attn_implementation": config.attn_implementation,
-        "trust_remote_code": config.trust_remote_code,
-    }
     spread = config.distributed.strategy == "fsdp2" and not is_main()
-    skeleton = load_skeleton(config.model, **how) if spread else None
-    return load_model(config.model, **how) if skeleton is None else skeleton
+    skeleton = load_skeleton(config.model, **config.opened_with) if spread else None
+    return load_model(config.model, **config.opened_with) if skeleton is None else skeleton
 
 
 def _open_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:

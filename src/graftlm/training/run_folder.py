@@ -10,9 +10,9 @@ from graftlm.configuring import config_to_dict, dump_yaml, load_config
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import locked, plain_disk_errors, read_json, remove_unfinished, write_json, write_text
-from graftlm.identity import NAMED, SETTINGS, SOURCES, content_of, same_settings
+from graftlm.identity import NAMED, SETTINGS, content_of, same_settings
 from graftlm.training.checkpoints import check_checkpoint, list_checkpoints, saved_extra
-from graftlm.training.config import RunConfig, SourceConfig
+from graftlm.training.config import SOURCE_KEYS, RunConfig, SourceConfig
 from graftlm.training.data import PreparedData
 from graftlm.training.distributed import on_main, world_size
 
@@ -101,7 +101,7 @@ def is_elsewhere(key: str, old: RunConfig, new: RunConfig, kept: Path | None = N
     try:
         before = read_json(kept).get(key) if kept and kept.exists() else content_of(old, key)
     except UserError:  # the old data are gone; check_same_data still knows what was read of them
-        return key in SOURCES and _unplaced(getattr(old, key)) == _unplaced(getattr(new, key))
+        return key in SOURCE_KEYS and _unplaced(getattr(old, key)) == _unplaced(getattr(new, key))
     return same_settings({key: before}, {key: content_of(new, key)})
 
 

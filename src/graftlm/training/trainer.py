@@ -18,12 +18,10 @@ from graftlm.activations import MODEL_INPUTS
 from graftlm.anatomy import Kind
 from graftlm.apex import Apex
 from graftlm.apex_config import ApexConfig
-from graftlm.checkpointing import load_tensors, save_tensors
+from graftlm.checkpointing import APEX_FILE, load_tensors, save_tensors
 from graftlm.errors import UserError
 from graftlm.training.data.streaming import StreamedBlocks
 from graftlm.training.schedule import base_schedule, follows_stages, refresh, stage_factor
-
-APEX_FILE = "apex.safetensors"
 
 
 class _Stages(TrainerCallback):

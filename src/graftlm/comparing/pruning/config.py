@@ -6,20 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from yaml.nodes import Node
 
 from graftlm.arguments import Count
 from graftlm.comparing.config import check_arms
 from graftlm.comparing.pruning.jobs import Job, PruneJob, ShrinkJob
-from graftlm.comparing.statistics import FEWEST
+from graftlm.comparing.statistics import few_seeds_note
 from graftlm.configuring import config_from_layers, load_dataclass, place_of, take
 from graftlm.errors import UserError
 from graftlm.pruning.settings import PruneSettings
 from graftlm.pruning.shrink.config import ShrinkConfig, make_shrink
 from graftlm.pruning.ways import is_uniform
 from graftlm.training.config import SourceConfig
-from graftlm.yaml_nodes import COMMAND_LINE, is_null, parse_yaml
+from graftlm.yaml_nodes import COMMAND_LINE, is_null, node_of
 
 BASELINE = "llm-pruner"
 """Method of the control where none is named: uniform pruning, which always has to be beaten."""
@@ -198,9 +197,7 @@ def load_prune_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Pr
         if not is_null(node):
             _refuse(node, f"variants.{name}", refused)
         arms.append(PruneArm(name, tuple((size, job(base, node, size, settings)) for size in sizes)))
-    notes = []
-    if len(settings.seeds) < FEWEST:
-        notes.append(f"seeds {list(settings.seeds)}: too few for an interval, so none is given (at least {FEWEST})")
+    notes = few_seeds_note(settings.seeds)
     if not settings.data:
         notes.append("importance was measured on the text that graftlm demo trains on: Python's own source files")
     uniform = [arm for arm in arms if is_uniform(arm.pruning)]
@@ -216,20 +213,14 @@ def _prune_job(base: Node, changes: Node, size: Size, _: PruneCompareConfig) -> 
     aim: dict[str, Any] = {"target_parameters": size.parameters, "exact": True}
     if size.sparsity is not None:
         aim = {"sparsity": size.sparsity, "exact": size.of == "parameters"}
-    return PruneJob(config_from_layers(base, changes, _layer(aim), kind=PruneSettings), size.of)
+    return PruneJob(config_from_layers(base, changes, node_of(aim, COMMAND_LINE), kind=PruneSettings), size.of)
 
 
 def _shrink_job(base: Node, changes: Node, size: Size, settings: PruneCompareConfig) -> Job:
     aim = {"sparsity": size.sparsity} if size.parameters is None else {"target_parameters": size.parameters}
     data = [dataclasses.asdict(source) for source in settings.data]
-    layers = (base, changes, _layer({**aim, "model": settings.model, "data": data}))
+    layers = (base, changes, node_of({**aim, "model": settings.model, "data": data}, COMMAND_LINE))
     return ShrinkJob(make_shrink(config_from_layers(*layers, kind=ShrinkConfig)))
-
-
-def _layer(values: dict[str, Any]) -> Node:
-    node = parse_yaml(yaml.safe_dump(values), COMMAND_LINE)
-    assert node is not None
-    return node
 
 
 def _refuse(node: Node, name: str, refused: dict[str, str]) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from yaml.nodes import Node
 
 from graftlm.arguments import Count
@@ -15,7 +14,7 @@ from graftlm.configuring import config_from_layers, config_to_dict, load_datacla
 from graftlm.errors import UserError
 from graftlm.pruning.settings import PruneSettings
 from graftlm.training.config import DistillationConfig, RunConfig, SourceConfig
-from graftlm.yaml_nodes import parse_yaml
+from graftlm.yaml_nodes import node_of
 
 ORIGINAL = "original"
 """As distillation.teacher: the model that is shrunk, as it was."""
@@ -156,7 +155,7 @@ def default_values(steps: int) -> dict[str, Any]:
 
 
 def _node(given: Mapping[str, Any] | None, name: str) -> Node | None:
-    return parse_yaml(yaml.safe_dump(dict(given)), name) if given else None
+    return node_of(given, name) if given else None
 
 
 def _plain(settings: ShrinkConfig) -> dict[str, Any]:
@@ -174,9 +173,7 @@ def _resolved(settings: ShrinkConfig, name: str) -> Shrink:
 
 
 def _layers(base: Mapping[str, Any], node: Node | None, name: str, kind: type[Any]) -> Any:
-    root = parse_yaml(yaml.safe_dump(dict(base)), name)
-    assert root is not None
-    return config_from_layers(root, *([node] if node is not None else []), kind=kind)
+    return config_from_layers(node_of(base, name), *([node] if node is not None else []), kind=kind)
 
 
 def _pruning(settings: ShrinkConfig, name: str) -> PruneSettings:

@@ -22,7 +22,7 @@ from graftlm.reporting import figures
 from graftlm.reporting.table import wide
 from graftlm.training.arguments import check_settings
 from graftlm.training.estimates import estimate
-from graftlm.training.plan import load_skeleton
+from graftlm.training.plan import model_for_shapes
 
 
 def dry_run(task: Shrink, *, console: Console | None = None) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def dry_run(task: Shrink, *, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     check_settings(task.run)
     planned = plan_phases(task)
-    run = estimate(task.run, load_skeleton(task.run), None)
+    run = estimate(task.run, model_for_shapes(task.run), None)
     phases = [_phase(task, Phase(**phase), planned, run) for phase in planned["phases"]]
     times = [phase[key] for phase in phases for key in ("seconds", "prune_seconds")]
     told = {

@@ -8,10 +8,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 
+from graftlm.configuring import dump_values
 from graftlm.environment import describe_environment
 from graftlm.errors import UserError
 from graftlm.files import locked, plain_disk_errors, read_json, remove_unfinished, write_json, write_text
@@ -32,7 +32,7 @@ from graftlm.reporting import figures
 from graftlm.training.arguments import check_settings
 from graftlm.training.checkpoints import list_checkpoints
 from graftlm.training.config import RunConfig
-from graftlm.training.plan import load_skeleton
+from graftlm.training.plan import model_for_shapes
 from graftlm.training.run import train_one
 from graftlm.training.run_folder import is_elsewhere
 
@@ -89,7 +89,7 @@ def _go_on(task: Shrink, plan: dict[str, Any] | None, console: Console) -> dict[
 def plan_phases(task: Shrink) -> dict[str, Any]:
     """What phases.json holds: the phases, and what is known of the original model. Raises UserError for a size that
     the model cannot have."""
-    model: Any = load_skeleton(task.run)
+    model: Any = model_for_shapes(task.run)
     original = count_parameters(model)
     check(model, task.prune)
     target = asked_parameters(model, task.prune)
@@ -161,9 +161,7 @@ def _open(task: Shrink, plan: dict[str, Any] | None) -> list[PhaseFolder]:
     folder = task.folder
     if plan is not None:
         write_json(folder / "phases.json", plan)
-        write_text(
-            folder / "config.yaml", yaml.safe_dump(task.to_dict(), sort_keys=False, allow_unicode=True, width=120)
-        )
+        write_text(folder / "config.yaml", dump_values(task.to_dict()))
         write_json(folder / "environment.json", describe_environment())
     folders = [PhaseFolder(folder, Phase(**phase)) for phase in read_json(folder / "phases.json")["phases"]]
     # A finished training's folder, too: what the next phase is pruned on is compared with its data once more.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from graftlm.training.data.packing import IGNORE
+from graftlm.samples import IGNORED
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Collator:
             return {key: torch.from_numpy(value.astype(np.int64))[None] for key, value in joined.items()}
         lengths = [len(item["input_ids"]) for item in items]
         longest = max(lengths)
-        fill = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0}
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORED, "position_ids": 0}
         batch = {}
         for key in items[0]:
             out = np.empty((len(items), longest), np.int64)

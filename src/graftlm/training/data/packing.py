@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graftlm.samples import IGNORED
 from graftlm.training.data.encode import Encoded
 from graftlm.training.data.statistics import Counts
 
-IGNORE = -100
-"""The label that the loss leaves out."""
 OPEN_BLOCKS = 64
 """Blocks that best-fit packing keeps open at a time."""
 MIN_TOKENS = 2
@@ -39,15 +38,15 @@ class Block:
         the block's start nothing predicts it, elsewhere the document before would."""
         labels = self.input_ids.astype(np.int64)
         if self.supervised is not None:
-            labels[~self.supervised] = IGNORE
-        labels[0] = IGNORE
+            labels[~self.supervised] = IGNORED
+        labels[0] = IGNORED
         if self.starts is not None:
-            labels[self.starts] = IGNORE
+            labels[self.starts] = IGNORED
         return labels
 
     @property
     def supervised_tokens(self) -> int:
-        return int((self.labels != IGNORE).sum())
+        return int((self.labels != IGNORED).sum())
 
     @property
     def position_ids(self) -> np.ndarray | None:

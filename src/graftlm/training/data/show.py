@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from graftlm.samples import IGNORED
 from graftlm.training.config import RunConfig
-from graftlm.training.data.packing import IGNORE
 from graftlm.training.data.prepare import PreparedData, prepare_data
 from graftlm.training.data.statistics import DataStatistics
 from graftlm.training.data.streaming import StreamedBlocks
@@ -28,7 +28,7 @@ def show_data(
     out = out or Console()
     data = prepare_data(config, tokenizer)
     for number, item in enumerate(itertools.islice(_items(data), count), start=1):
-        supervised = int((np.asarray(item["labels"]) != IGNORE).sum())
+        supervised = int((np.asarray(item["labels"]) != IGNORED).sum())
         out.rule(f"block {number}: {len(item['input_ids'])} tokens, {supervised} supervised", style=NOTE)
         out.print(decoded(item, tokenizer, marks=out.color_system is None or out.no_color), soft_wrap=True)
     out.rule(style=NOTE)
@@ -41,7 +41,7 @@ def show_data(
 def decoded(item: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, marks: bool = False) -> Text:
     """A block as text: runs of tokens by whether they are supervised, a line where a document begins that sees nothing
     before it. marks: » « around supervised runs, for output without colour."""
-    ids, supervised = np.asarray(item["input_ids"]), np.asarray(item["labels"]) != IGNORE
+    ids, supervised = np.asarray(item["input_ids"]), np.asarray(item["labels"]) != IGNORED
     positions = item.get("position_ids")
     begins = np.asarray(positions) == 0 if positions is not None else np.arange(len(ids)) == 0
     cuts = np.flatnonzero(begins[1:] | (supervised[1:] != supervised[:-1])) + 1
