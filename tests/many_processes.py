@@ -1,7 +1,6 @@
 """Runs of several processes on the CPU (gloo), started as torchrun starts them but from one that has imported all."""
 
 import contextlib
-import multiprocessing
 import os
 import socket
 import sys
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from own_process import PROCESSES
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from tiny_runs import tiny_config, write_texts
@@ -18,8 +18,6 @@ from graftlm.errors import AgreedError, UserError
 from graftlm.models import load_tokenizer, save_model
 from graftlm.training.config import DistributedConfig, RunConfig, SourceConfig
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["graftlm.training.run", "transformers.models.llama.modeling_llama"])
 SECONDS = 150
 
 

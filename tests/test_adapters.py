@@ -18,10 +18,9 @@ from peft import (
     initialize_lora_eva_weights,
     preprocess_loraga,
 )
-from test_methods import interrupted
 from tiny_adapters import METHODS, RANK, SEED, STEPS, config, prepared, train
 from tiny_models import FAMILIES, batches, tiny_model
-from tiny_runs import assert_same_run, model_with_dropout
+from tiny_runs import assert_same_run, interrupted
 from transformers import AutoModelForCausalLM
 
 from graftlm.anatomy import read_anatomy
@@ -286,11 +285,6 @@ def test_settings_are_checked(bad):
 
 
 # -- resuming, and several processes ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def dropping(tmp_path_factory):
-    return model_with_dropout(tmp_path_factory.mktemp("model") / "dropout")
 
 
 @pytest.mark.parametrize(

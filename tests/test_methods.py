@@ -5,7 +5,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from tiny_runs import assert_same_run, read_metrics, tiny_config
+from tiny_runs import assert_same_run, interrupted, read_metrics, tiny_config
 from transformers import AutoModelForCausalLM
 
 from graftlm.anatomy import read_anatomy
@@ -178,25 +178,6 @@ def test_rates_are_scaled(story, tmp_path):
     train_one(settings(tmp_path, lr_scheduler_type="constant", warmup_ratio=0.0))
     rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run") if line["event"] == "train"]
     assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 1e-3])
-
-
-class Stop(Exception):
-    pass
-
-
-def interrupted(config, step):
-    """Train until `step` has begun, and no further."""
-    inner = run.RunTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise Stop
-        return inner(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.RunTrainer, "training_step", training_step)
-        with pytest.raises(Stop):
-            train_one(config)
 
 
 def test_a_resumed_run(story, tmp_path):

@@ -8,9 +8,8 @@ import itertools
 import pytest
 import torch
 from sparse_loop import ademamix
-from test_methods import interrupted
 from tiny_models import batches, tiny_model
-from tiny_runs import assert_same_run, model_with_dropout, read_metrics, tiny_config
+from tiny_runs import assert_same_run, interrupted, read_metrics, tiny_config
 
 from graftlm.comparing.pilot import plan_pilot
 from graftlm.errors import UserError
@@ -265,11 +264,6 @@ KINDS = {
     "reset": {"interval": 3, "prune": 1.0},
     "warm": {"interval": 3, "warm_start": 4},
 }
-
-
-@pytest.fixture(scope="module")
-def dropping(tmp_path_factory):
-    return model_with_dropout(tmp_path_factory.mktemp("model") / "dropout")
 
 
 @pytest.mark.parametrize("stopped", [5, pytest.param(4, marks=pytest.mark.slow)])

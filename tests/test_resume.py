@@ -3,19 +3,28 @@
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
-import tiny_runs
-from tiny_runs import assert_same_run, files_of, model_with_dropout, read_metrics, read_summary, tiny_config
+from own_process import exit_code, left_alone
+from tiny_runs import (
+    assert_same_run,
+    control_of,
+    files_of,
+    model_with_dropout,
+    read_metrics,
+    read_summary,
+    run_quietly,
+    tiny_config,
+)
 
 from graftlm import cli
 from graftlm.configuring import dump_yaml
@@ -26,10 +35,6 @@ from graftlm.training import run_trainer
 from graftlm.training.config import RunConfig
 from graftlm.training.run import train_one
 from graftlm.training.run_folder import check_same_config
-
-# Processes are forked from one that has imported everything and trained nothing: a start costs no seconds.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["graftlm.training.run", "transformers.models.llama.modeling_llama"])
 
 # Two epochs of 6 steps, so that the middle stage lies in both.
 KINDS = {
@@ -45,47 +50,29 @@ def make_config(folder: Path, kind: str, model: str) -> RunConfig:
     return tiny_config(folder, model=model, save_steps=2, max_steps=-1, num_train_epochs=2, **KINDS[kind])
 
 
-def start(config: RunConfig, **kwargs) -> int:
-    """Exit code of a run in a process of its own (tiny_runs.run_quietly)."""
-    process = PROCESSES.Process(target=tiny_runs.run_quietly, args=(config,), kwargs=kwargs)
-    process.start()
-    process.join()
-    return process.exitcode
+def start(config: RunConfig, **kwargs) -> int | None:
+    """Exit code of a run in a process of its own."""
+    return exit_code(run_quietly, config, **kwargs)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return model_with_dropout(tmp_path_factory.mktemp("model") / "dropout")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, model):
-    """whole(kind) is the folder of a run that was left alone, and how many moments it had."""
-    done = {}
-
-    def get(kind: str) -> tuple[Path, int]:
-        if kind not in done:
-            folder = tmp_path_factory.mktemp(kind)
-            assert start(make_config(folder, kind, model), count_to=folder / "moments") == 0
-            done[kind] = folder / "run", int((folder / "moments").read_text())
-        return done[kind]
-
-    return get
+def whole(tmp_path_factory, dropping):
+    return left_alone(tmp_path_factory, run_quietly, partial(make_config, model=dropping))
 
 
 @pytest.mark.parametrize("kind", ["full", "small", "control"])
-def test_killed_twice_and_resumed(kind, whole, model, tmp_path):
+def test_killed_twice_and_resumed(kind, whole, dropping, tmp_path):
     reference, moments = whole(kind)
-    config = make_config(tmp_path, kind, model)
+    config = make_config(tmp_path, kind, dropping)
     for share in (0.4, 0.3):
         assert start(config, kill_at=round(share * moments), resume=share < 0.4) == -signal.SIGKILL
     assert start(config, resume=True) == 0
     assert_same_run(tmp_path / "run", reference)
 
 
-def test_killed_between_a_stage_and_its_checkpoint(whole, model, tmp_path):
+def test_killed_between_a_stage_and_its_checkpoint(whole, dropping, tmp_path):
     reference, _ = whole("full")
-    config = make_config(tmp_path, "full", model)
+    config = make_config(tmp_path, "full", dropping)
     assert start(config, kill_at="step-4") == -signal.SIGKILL
     checkpoints = tmp_path / "run" / "checkpoints"
     complete, begun = sorted(p.name for p in checkpoints.iterdir())[::-1]
@@ -96,18 +83,18 @@ def test_killed_between_a_stage_and_its_checkpoint(whole, model, tmp_path):
     assert_same_run(tmp_path / "run", reference)
 
 
-def test_killed_after_the_last_step(whole, model, tmp_path):
+def test_killed_after_the_last_step(whole, dropping, tmp_path):
     """The last checkpoint has nothing left to train: not one step is taken again."""
     reference, _ = whole("full")
-    config = make_config(tmp_path, "full", model)
+    config = make_config(tmp_path, "full", dropping)
     assert start(config, kill_at="summary.json") == -signal.SIGKILL
     assert start(config, resume=True) == 0
     assert_same_run(tmp_path / "run", reference)
 
 
-def test_interrupted_run_says_how_to_go_on_and_does(whole, model, tmp_path, monkeypatch, capsys):
+def test_interrupted_run_says_how_to_go_on_and_does(whole, dropping, tmp_path, monkeypatch, capsys):
     reference, _ = whole("control")
-    config = make_config(tmp_path, "control", model)
+    config = make_config(tmp_path, "control", dropping)
     (tmp_path / "c.yaml").write_text(dump_yaml(config))
 
     class Interrupted(run_trainer.RunTrainer):
@@ -136,10 +123,10 @@ def test_changed_settings_are_refused(whole, tmp_path, capsys):
     assert files_of(reference) == before
 
 
-def test_what_lies_elsewhere_is_the_same(whole, model, tmp_path, monkeypatch):
+def test_what_lies_elsewhere_is_the_same(whole, dropping, tmp_path, monkeypatch):
     """Files that were moved, or copied, and settings that change no weight, do not keep a run from going on."""
     reference, _ = whole("full")
-    config = make_config(tmp_path, "full", model)
+    config = make_config(tmp_path, "full", dropping)
 
     class Interrupted(run_trainer.RunTrainer):
         def training_step(self, *args, **kwargs):
@@ -151,7 +138,7 @@ def test_what_lies_elsewhere_is_the_same(whole, model, tmp_path, monkeypatch):
         patch.setattr("graftlm.training.run.RunTrainer", Interrupted)
         train_one(config)
     moved = Path(config.data[0].path).rename(tmp_path / "moved.jsonl")
-    copied = shutil.copytree(model, tmp_path / "copied")
+    copied = shutil.copytree(dropping, tmp_path / "copied")
     sources = (dataclasses.replace(config.data[0], path=str(moved)),)
     changes = {"data": sources, "model": str(copied), "save_steps": 5, "cache_dir": str(tmp_path / "new_cache")}
     train_one(dataclasses.replace(config, **changes), resume=True)
@@ -187,9 +174,9 @@ def test_other_files_are_refused(tmp_path):
         check_same_config(dataclasses.replace(config, model=str(other)), run)
 
 
-def test_resume_without_a_checkpoint_starts_from_the_beginning(whole, model, tmp_path, capsys):
+def test_resume_without_a_checkpoint_starts_from_the_beginning(whole, dropping, tmp_path, capsys):
     reference, _ = whole("full")
-    config = make_config(tmp_path, "full", model)
+    config = make_config(tmp_path, "full", dropping)
     assert start(config, kill_at="step-2") == -signal.SIGKILL
     assert start(config, resume=True) == 0
     assert_same_run(tmp_path / "run", reference)
@@ -201,9 +188,9 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(whole, model, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [(i + 0.5) / 12 for i in range(12)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_anywhere(kind, share, whole, model, tmp_path):
+def test_killed_anywhere(kind, share, whole, dropping, tmp_path):
     reference, moments = whole(kind)
-    config = make_config(tmp_path, kind, model)
+    config = make_config(tmp_path, kind, dropping)
     assert start(config, kill_at=round(share * moments)) == -signal.SIGKILL
     assert start(config, resume=True) == 0
     assert_same_run(tmp_path / "run", reference)
@@ -230,9 +217,9 @@ def wait_for_step(metrics: Path, step: int) -> None:
 
 
 @pytest.fixture
-def with_control(tmp_path, model):
+def with_control(tmp_path, dropping):
     """A config file of a run with a control."""
-    config = tiny_config(tmp_path, model=model, save_steps=2, max_steps=-1, num_train_epochs=2, control=True)
+    config = tiny_config(tmp_path, model=dropping, save_steps=2, max_steps=-1, num_train_epochs=2, control=True)
     file = tmp_path / "c.yaml"
     file.write_text(dump_yaml(config))
     return file
@@ -240,9 +227,9 @@ def with_control(tmp_path, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 7])
-def test_command_killed_and_resumed(step, with_control, tmp_path, tmp_path_factory, model):
+def test_command_killed_and_resumed(step, with_control, tmp_path, tmp_path_factory, dropping):
     other = tmp_path_factory.mktemp("whole")
-    config = tiny_config(other, model=model, save_steps=2, max_steps=-1, num_train_epochs=2)
+    config = tiny_config(other, model=dropping, save_steps=2, max_steps=-1, num_train_epochs=2)
     assert start(config) == 0
     process = command(with_control, "control=false")
     wait_for_step(tmp_path / "run/metrics.jsonl", step)
@@ -275,7 +262,7 @@ def test_killed_while_the_control_runs(victim, with_control, tmp_path, tmp_path_
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before  # only the control was run again
     steps = [line["step"] for line in read_metrics(control) if line["event"] == "train"]
     assert steps == list(range(1, 13))
-    alone = tiny_runs.control_of(tmp_path, tmp_path_factory.mktemp("alone"))
+    alone = control_of(tmp_path, tmp_path_factory.mktemp("alone"))
     assert start(alone) == 0
     assert_same_run(control, Path(alone.output_dir))
 

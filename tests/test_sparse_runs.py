@@ -2,7 +2,7 @@
 and what they save is an ordinary model."""
 
 import pytest
-from tiny_runs import assert_same_run, model_with_dropout, read_summary, tiny_config
+from tiny_runs import assert_same_run, read_summary, tiny_config
 
 from graftlm.methods.adapter_settings import LoraSettings
 from graftlm.methods.sparse_settings import (
@@ -33,11 +33,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return model_with_dropout(tmp_path_factory.mktemp("model") / "dropout")
-
-
 def stopping_at(step: int):
     class Stopping(run_trainer.RunTrainer):
         def training_step(self, *args, **kwargs):
@@ -52,15 +47,15 @@ FAST = ("s2ft", "lift-bfloat16")
 
 
 @pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
-def test_stopped_twice_and_resumed(kind, model, tmp_path, monkeypatch):
+def test_stopped_twice_and_resumed(kind, dropping, tmp_path, monkeypatch):
     """Two epochs of 6 steps, a checkpoint every 2."""
-    settings = {"save_steps": 2, "max_steps": -1, "num_train_epochs": 2, "model": model, **KINDS[kind]}
+    settings = {"save_steps": 2, "max_steps": -1, "num_train_epochs": 2, "model": dropping, **KINDS[kind]}
     whole = tiny_config(tmp_path / "whole", **settings)
     train_one(whole)
     summary = read_summary(tmp_path / "whole" / "run")
     assert summary["eval_loss_end"] < summary["eval_loss_start"]
     assert summary["fused_max_abs_logit_difference"] < 1e-5
-    saved, plain = load_model(str(tmp_path / "whole" / "run" / "model")), load_model(model)
+    saved, plain = load_model(str(tmp_path / "whole" / "run" / "model")), load_model(dropping)
     assert saved.state_dict().keys() == plain.state_dict().keys()
     config = tiny_config(tmp_path / "stopped", **settings)
     for step in (5, 9):

@@ -9,6 +9,7 @@ import random
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -148,6 +149,25 @@ def run_quietly(
     """train_one, with `moments`."""
     with moments(kill_at, count_to), open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
         run.train_one(config, resume=resume)
+
+
+def interrupted(config: RunConfig, step: int) -> None:
+    """Train until `step` has begun, and no further."""
+    inner = run.RunTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise _Stop
+        return inner(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.RunTrainer, "training_step", training_step)
+        with pytest.raises(_Stop):
+            run.train_one(config)
+
+
+class _Stop(Exception):
+    pass
 
 
 def control_of(folder: Path, elsewhere: Path) -> RunConfig:
