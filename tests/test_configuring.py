@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from graftlm.apex_config import PRESETS, ApexConfig
 from graftlm.comparing.config import load_comparison
 from graftlm.comparing.pruning.config import load_prune_comparison
-from graftlm.configuring import config_to_dict, dump_yaml, load_config
+from graftlm.configuring import config_to_dict, dump_yaml, load_config, load_dataclass
 from graftlm.errors import UserError
 from graftlm.pruning.shrink.config import load_shrink
 from graftlm.training.config import RunConfig, SourceConfig
@@ -254,7 +254,9 @@ def test_errors_of_the_whole(message, text, said):
 def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml: no such file"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(UserError, match="cannot be read as text"):
+    with pytest.raises(UserError, match=r"none\.yaml: no such file; name a YAML file$"):
+        load_dataclass(tmp_path / "none.yaml", RunConfig)
+    with pytest.raises(UserError, match=r"is a folder; name a YAML file, such as .*/config\.yaml$"):
         load_config(tmp_path)
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(UserError, match=r"c\.yaml: cannot be read as text"):

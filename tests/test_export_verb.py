@@ -92,6 +92,7 @@ def test_padded_is_a_stock_checkpoint_that_computes_the_same(
         (["--format", "padded", "--quantize", "f16", "--out", "x"], "--quantize is for --format gguf"),
         (["--out", "."], "is a folder; name the file"),
         (["--quantize", "q8_0", "--no-check"], "blk.0.ffn_down.weight has 7; "),
+        (["--format", "padded", "--check", "--out", "p"], "--check runs a GGUF file; --format padded writes none"),
         (["--quantize", "q4_k_m"], "llama-quantize (its K-quants need widths that are multiples of 256"),
         (["--out", "small/model.safetensors"], "small/model.safetensors is there and no GGUF file"),
         (["--format", "padded", "--out", "."], "cannot be replaced; give a folder in it"),

@@ -145,7 +145,8 @@ def test_generation_config_that_transformers_refuses_to_save_is_mended_when_open
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nobody/nothing", "Hub was not reached"),
+        ("nobody/nothing", "no such folder here, and the Hugging Face Hub was not reached"),
+        ("tiny-lama", r"no such folder here \(did you mean tiny-llama\?\), and the Hugging Face Hub was not reached"),
         ("no/such/folder", "no such folder or file"),
         ("missing.gguf", "no such file"),
     ],

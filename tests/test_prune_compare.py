@@ -64,7 +64,7 @@ def in_this_process(monkeypatch):
         ("prune: {exact: false}\nvariants: {a: {}}\n", "c.yaml:4: prune.exact: sparsity_of"),
         ("prune: {iterations: 0}\nvariants: {a: {}}\n", "c.yaml:4: iterations: 0 must be at least 1"),
         ("prune: {}\nvariants: {a: {samples: -1}}\n", "c.yaml:5: samples: -1 must be at least 1"),
-        ("data: b\nshrink: {max_steps: 4}\nvariants: {a: {prune: {samples: -1}}}\n", "c.yaml:6: samples: -1 must"),
+        ("data: b\nshrink: {max_steps: 4}\nvariants: {a: {prune: {samples: -1}}}\n", "c.yaml:6: prune.samples: -1"),
         ("prune: {}\nvariants: {original: {}}\n", "c.yaml:5: variants.original: the model before pruning"),
         ("prune: {}\nvariants: {}\n", "c.yaml:5: variants: there is none"),
         ("prune: {}\nvariants: {a: {}}\ncontrol: b\n", "c.yaml:6: control: b is none of the variants a"),

@@ -83,7 +83,7 @@ def test_large_data_is_not_read_whole(text, monkeypatch):
     monkeypatch.setattr("graftlm.pruning.calibration.LARGE", 100)
     monkeypatch.setattr("graftlm.training.data.prepare.prepare_cached", lambda *_: pytest.fail("it is all read"))
     part = calibration(text, samples=4)
-    assert "only its first 20 sequences are drawn from" in part.notes[0] and not whole.notes
+    assert "only the first 20 sequences are drawn from" in part.notes[0] and not whole.notes
     assert len(part.sequences) == 20 < len(whole.sequences)
 
 
@@ -95,6 +95,25 @@ def test_of_large_and_small_data_both_are_seen(text, tmp_path, monkeypatch):
     found = calibration_from(load_tokenizer("tiny-llama"), PruneSettings(sparsity=0.2), sources, progress=False)
     seen = [load_tokenizer("tiny-llama").decode(item["input_ids"]) for item in found.sequences]
     assert len(seen) > 50 and sum("tiny" in piece for piece in seen) in range(1, 9)
+
+
+@pytest.mark.parametrize("streaming", (False, True))
+def test_of_data_that_are_not_read_whole_each_source_has_the_share_of_its_weight(streaming, tmp_path, monkeypatch):
+    monkeypatch.setattr("graftlm.pruning.calibration.LARGE", 100)
+    monkeypatch.setattr("graftlm.pruning.calibration.POOL", 100)
+    sources = []
+    for word, weight in (("left", 9.0), ("right", 1.0)):
+        path = tmp_path / f"{word}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{word} " * 100}) + "\n" for _ in range(60)))
+        sources.append(SourceConfig(str(path), weight=weight))
+    settings, tokenizer = PruneSettings(sparsity=0.2), load_tokenizer("tiny-llama")
+    found = calibration_from(tokenizer, settings, sources, streaming=streaming, progress=False)
+    said = [tokenizer.decode(item["input_ids"]) for item in found.sequences]
+    assert (sum("left" in one for one in said), sum("right" in one for one in said)) == (90, 10)
+    assert "only the first 100 sequences are drawn from" in found.notes[0]
+    monkeypatch.setattr("graftlm.pruning.calibration.POOL_TOKENS", 64 * 30)
+    few = calibration_from(tokenizer, settings, sources, streaming=streaming, progress=False)
+    assert len(few.sequences) == 30 and "only the first 30 sequences" in few.notes[0]
 
 
 def test_rows_are_read_as_a_run_reads_them(tmp_path, monkeypatch):
@@ -392,8 +411,10 @@ def test_an_interrupted_run_leaves_nothing(text, tmp_path, monkeypatch, capsys):
         (("--sparsity", "0.2", "--samples", "100000"), "sequences of 64 tokens"),
         (("--sparsity", "0.2", "--width-multiple", "256"), "192 channels"),
         (("--sparsity", "0.2", "--samples", "1", "--sample-length", "4096"), "sequences of 4096 tokens"),
-        (("--sparsity", "2"), "between 0 and 1"),
-        (("--sparsity", "0.2", "--seed", "-1"), "command line: seed: -1 must be at least 0"),
+        (("sparsity=2",), "between 0 and 1"),
+        (("sparsity=20%",), "command line: sparsity: '20%' must be a number (20% is written 0.2) or null"),
+        (("--sparsity", "0.2", "seed=-1"), "command line: seed: -1 must be at least 0"),
+        (("--sparsity", "0.2", "samples=0"), "command line: samples: 0 must be at least 1"),
         (("target_parameters=0.1G",), "target_parameters 100,000,000 is above the model's 214,080"),
         (("target_parameters=100X",), "'100X' must be a whole number (100M, 1.5B, 134515008) or null"),
         ((), "one of the two"),
@@ -407,6 +428,24 @@ def test_bad_input_is_one_line(text, tmp_path, capsys, words, says):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("graftlm: ") and says in error
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--sparsity", "2"), "must be between 0 and 1"),
+        (("--sparsity", "20%"), "'20%' is no number; it is written 0.2"),
+        (("--sparsity", "nan"), "must be between 0 and 1"),
+        (("--sparsity", "0.2", "--seed", "-1"), "-1 must not be negative"),
+        (("--sparsity", "0.2", "--samples", "0"), "0 must be at least 1"),
+        (("--sparsity", "0.2", "--amplitude", "nan"), "must not be negative"),
+    ],
+)
+def test_bad_options_are_one_line(words, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        prune(*words, "--out", str(tmp_path / "small"))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and says in error and error.endswith("see graftlm prune --help")
 
 
 def test_settings_may_be_words(text, tmp_path):

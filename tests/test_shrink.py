@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -396,11 +397,17 @@ def test_foreign_folders_are_left_alone(given, message, tmp_path):
         ("sparsity: 1.5\nmax_steps: 9", ":3: sparsity: 1.5 must be between 0 and 1"),
         ("sparsity: 0.5\nmax_steps: 9\ninterleave: 3", ":5: unknown key 'interleave' .did you mean interleaves"),
         ("sparsity: 0.5\nmax_steps: 9\ntrain: {model: x}", ":5: train.model: it is given at the top"),
-        ("sparsity: 0.5\nmax_steps: 9\ntrain:\n  learning_rat: 1", ":6: unknown key 'learning_rat'"),
+        (
+            "sparsity: 0.5\nmax_steps: 9\ntrain:\n  learning_rat: 1",
+            ":6: unknown key 'train.learning_rat' .did you mean train",
+        ),
         ("sparsity: 0.5\nmax_steps: 9\nprune:\n  sparsity: 0.2", ":6: prune.sparsity: the phases have sizes"),
-        ("sparsity: 0.5\nmax_steps: 9\nprune:\n  methd: adapt", ":6: unknown key 'methd'"),
-        ("sparsity: 0.5\nmax_steps: 9\nprune:\n  samples: -1", ":6: samples: -1 must be at least 1"),
-        ("sparsity: 0.5\nmax_steps: 9\nprune:\n  preset: magic", ":6: preset: 'magic' is not known"),
+        (
+            "sparsity: 0.5\nmax_steps: 9\nprune:\n  methd: adapt",
+            ":6: unknown key 'prune.methd' .did you mean prune.method",
+        ),
+        ("sparsity: 0.5\nmax_steps: 9\nprune:\n  samples: -1", ":6: prune.samples: -1 must be at least 1"),
+        ("sparsity: 0.5\nmax_steps: 9\nprune:\n  preset: magic", ":6: prune.preset: 'magic' is not known"),
         (
             "sparsity: 0.5\nmax_steps: 9\nprune:\n  exact: false",
             ":6: prune.exact: every phase has a number of parameters",
@@ -420,6 +427,28 @@ def test_errors_name_file_line_and_key(text, message, tmp_path):
         load_shrink(file)
     assert str(error.value).startswith(str(file))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("lr=1e-3", "unknown key 'lr' (did you mean train.learning_rate?)"),
+        ("max_lenght=9", "unknown key 'max_lenght' (did you mean train.max_length?)"),
+        ("method=flap", "unknown key 'method' (did you mean prune.method?)"),
+        ("interleave=2", "unknown key 'interleave' (did you mean interleaves?)"),
+        ("train.apex.k_head=0.5", "unknown key 'train.apex.k_head' (did you mean train.apex.k_heads?)"),
+        ("train.apex.stages=0", "train.apex.stages: 0 must be at least 1"),
+        ("prune.method=adapter", "prune.method: 'adapter' must be adapt (the nearest), or one of "),
+        ("train=5", "train: must be a mapping, e.g. {learning_rate: 1e-4}"),
+        ("prune=[1]", "prune: must be a mapping, e.g. {samples: 64}"),
+    ],
+)
+def test_errors_name_keys_as_the_file_has_them(word, said, tmp_path):
+    """So that what they advise is taken."""
+    file = tmp_path / "c.yaml"
+    file.write_text("model: tiny-llama\ndata: x.txt\nsparsity: 0.5\nmax_steps: 9\n")
+    with pytest.raises(UserError, match=f"^command line: {re.escape(said)}"):
+        load_shrink(file, [word])
 
 
 def test_sizes_may_be_written_as_people_do(tmp_path):

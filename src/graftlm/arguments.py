@@ -39,7 +39,8 @@ def _number(kind: Callable[[str], Number], allowed: Callable[[Number], bool], ru
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {name}; it {rule}") from None
+            hint = percent(text) if kind is float else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is no {name}; it {hint or rule}") from None
         if not allowed(value):
             raise argparse.ArgumentTypeError(f"{value} {rule}")
         return value
@@ -47,8 +48,15 @@ def _number(kind: Callable[[str], Number], allowed: Callable[[Number], bool], ru
     return read
 
 
+def percent(text: str) -> str:
+    """What to say of a number that is written as a percentage; empty for others."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", text.strip())
+    return f"is written {float(found[1]) / 100:g}" if found else ""
+
+
 positive = _number(int, lambda value: value >= 1, "must be at least 1")
 positive_number = _number(float, lambda value: value > 0, "must be above 0")
+whole = _number(int, lambda value: value >= 0, "must not be negative")
 not_negative = _number(float, lambda value: value >= 0, "must not be negative")
 share = _number(float, lambda value: 0 < value < 1, "must be between 0 and 1, e.g. 0.1")
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from graftlm.apex_config import ApexConfig, apply_preset
 from graftlm.arguments import Count
 from graftlm.errors import UserError
 from graftlm.training.config import SOURCE_KEYS, RunConfig, SourceConfig
-from graftlm.whose_config import check_verb
+from graftlm.whose_config import SECTIONS, check_verb, section_of
 from graftlm.yaml_nodes import (
     COMMAND_LINE,
     child_of,
@@ -38,6 +39,8 @@ _EXAMPLES = {
     "path": "give path: a file, a folder, or hub:OWNER/NAME",
     "base": "give base: what all arms share, e.g. {model: M, data: D}",
     "variants": "give variants: e.g. {apex: {method: apex}}",
+    "train": "{learning_rate: 1e-4}",
+    "prune": "{samples: 64}",
     "perplexity": "give perplexity: a held-out text, e.g. wikitext2/test.txt",
 }
 
@@ -55,7 +58,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), **given:
         UserError: unreadable file, unknown or repeated key, or a value that is not allowed.
     """
     file = None if path is None else str(path)
-    root = parse_file(file)
+    root = parse_file(file, ", or give --model and --data")
     check_verb(root, RunConfig)
     for key, value in given.items():
         if value is not None:
@@ -94,16 +97,19 @@ def load_sources(named: str) -> tuple[SourceConfig, ...]:
     return found
 
 
-def config_from_layers(base: Node, *layers: Node, kind: type[Any] = RunConfig) -> Any:
-    """The config of a node with others laid over it, in which keys may have dots. Errors name the lines of each."""
+def config_from_layers(base: Node, *layers: Node, kind: type[Any] = RunConfig, section: str = "") -> Any:
+    """The config of a node with others laid over it, in which keys may have dots. Errors name the lines of each, and
+    keys as they stand in a file that has all of it under `section`."""
     root = copy.deepcopy(base)
     if not isinstance(root, MappingNode):
         raise UserError(f"{place(base)}must be `key: value` lines, e.g. model: tiny-llama")
     _normalise_sources(root)
     for layer in layers:
+        if section and not is_null(layer) and not isinstance(layer, MappingNode):
+            raise UserError(f"{place(layer)}{section}: must be a mapping, e.g. {_EXAMPLES[section]}")
         _lay(root, copy.deepcopy(layer), [])
         _normalise_sources(root)
-    return _read(root, kind, "")
+    return _read(root, kind, section)
 
 
 def take(node: Node, key: str, annotation: Any = Node) -> tuple[Any, Node]:
@@ -308,7 +314,9 @@ def _dataclass(node: Node, kind: Any, key: str) -> Any:
     try:
         return kind(**values) if preset is None else apply_preset(preset, values)
     except UserError as error:
-        raise UserError(f"{place(_named_by(str(error), node))}{error}") from error
+        section = section_of(key)
+        full = f"{section}.{error}" if section and re.match(r"[a-z_.]+: ", str(error)) else error
+        raise UserError(f"{place(_named_by(str(error), node))}{full}") from error
 
 
 def _named_by(message: str, node: MappingNode) -> Node:
@@ -337,17 +345,28 @@ def all_keys() -> dict[str, str]:
     return keys | {f"{source}.{name}": name for source in SOURCE_KEYS for name in get_type_hints(SourceConfig)}
 
 
+def keys_of(kind: type[Any], section: str = "") -> dict[str, str]:
+    """Keys of a config class, as all_keys; of a run's classes, all that a run has."""
+    of_a_run = kind in (RunConfig, SourceConfig, *get_type_hints(RunConfig).values())
+    found = all_keys() if of_a_run else {name: name for name in get_type_hints(kind)}
+    return {_dotted(section, dotted): alone for dotted, alone in found.items()}
+
+
 def _nearest(key: str, name: str, kind: Any) -> str:
     """` (did you mean X?)`: that very key of another level, a near one of the same level, or any near one."""
     name = _SYNONYMS.get(name, name)
     hints = get_type_hints(RunConfig)
     of_a_run = kind in (RunConfig, SourceConfig, *hints.values())
-    keys = all_keys() if of_a_run else {_dotted(key, one): one for one in get_type_hints(kind)}
+    own = keys_of(kind, section_of(key) if of_a_run else key)
+    keys = dict(own)
+    for section, inner in SECTIONS.get(kind.__name__, {}).items():
+        # A shrink's train.method follows from its recovery.
+        keys |= {k: alone for k, alone in keys_of(inner, section).items() if k != "train.method"}
     same_level = {dotted: alone for dotted, alone in keys.items() if dotted == _dotted(key, alone)}
     for pool, cutoff in ((keys, 1.0), (same_level, 0.75), (keys, 0.75), (same_level, 0.6), (keys, 0.6)):
         close = difflib.get_close_matches(name, list(pool.values()), n=1, cutoff=cutoff)
         if close:
             return f" (did you mean {next(dotted for dotted, alone in pool.items() if alone == close[0])}?)"
     inside = [dotted for dotted, alone in keys.items() if len(name) > 3 and name in alone]
-    listed = "docs/configuration.md lists all keys" if of_a_run else f"keys are {', '.join(keys)}"
+    listed = "docs/configuration.md lists all keys" if of_a_run else f"keys are {', '.join(own)}"
     return f" (did you mean {inside[0]}?)" if inside else f"; {listed}"

@@ -1,6 +1,7 @@
 """Opening and saving: what a person types as MODEL becomes a model and a tokenizer, or one line that says why not."""
 
 import contextlib
+import difflib
 import importlib
 import importlib.metadata
 import logging
@@ -318,6 +319,12 @@ def _plain_loading_errors(name: str, source: Path | str) -> Iterator[None]:
         raise UserError(_explain(error, name, source)) from error
 
 
+def _near(name: str) -> str:
+    """The built-in name that `name` may be meant for, in brackets."""
+    close = difflib.get_close_matches(name, (TINY, *PACKAGED), n=1, cutoff=0.75)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 def _explain(error: Exception, name: str, source: Path | str) -> str:
     text = str(error)
     if isinstance(error, SafetensorError):
@@ -330,12 +337,19 @@ def _explain(error: Exception, name: str, source: Path | str) -> str:
         )
     if "couldn't connect" in text:
         return (
-            f"{name}: no such folder here, and the Hugging Face Hub was not reached; check the name and the network, "
-            "or download the model elsewhere and name its folder (without a network, HF_HUB_OFFLINE=1 spares the wait)"
+            f"{name}: no such folder here{_near(name)}, and the Hugging Face Hub was not reached; check the name and "
+            "the network, or download the model elsewhere and name its folder (without a network, HF_HUB_OFFLINE=1 "
+            "spares the wait)"
         )
     if "not a valid model identifier" in text:
         return (
-            f"{name}: no such folder here and no such model on the Hugging Face Hub (or a gated one: `hf auth login`)"
+            f"{name}: no such folder here{_near(name)} and no such model on the Hugging Face Hub (or a gated one: `hf "
+            "auth login`)"
+        )
+    if "Error while initializing BPE" in text and name.endswith(".gguf"):
+        return (
+            f"{name}: its tokenizer has no merges, which transformers does not read from GGUF; name the folder that it "
+            "was exported from"
         )
     if "backend tokenizer" in text:
         return f"{name}: has no tokenizer that can be read; save the tokenizer's files beside the model"

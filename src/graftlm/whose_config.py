@@ -5,6 +5,7 @@ from typing import Any, get_type_hints
 from yaml.nodes import MappingNode, ScalarNode
 
 from graftlm.errors import UserError
+from graftlm.pruning.settings import PruneSettings
 from graftlm.training.config import RunConfig
 from graftlm.yaml_nodes import place
 
@@ -15,6 +16,15 @@ OWN_KEYS = {
     "shrink": ("interleaves", "recovery", "shares", "schedule", "keep_moments", "target_parameters", "sparsity"),
 }
 """Keys that tell a verb's files; the rest are runs'."""
+
+SECTIONS: dict[str, dict[str, type[Any]]] = {"ShrinkConfig": {"train": RunConfig, "prune": PruneSettings}}
+"""By class, the keys under which the settings of another class stand."""
+
+
+def section_of(key: str) -> str:
+    """The section that a dotted key lies in; empty for none."""
+    first = key.partition(".")[0]
+    return first if any(first in sections for sections in SECTIONS.values()) else ""
 
 
 def check_verb(root: MappingNode, kind: type[Any]) -> None:

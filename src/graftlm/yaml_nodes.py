@@ -37,14 +37,17 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def parse_file(file: str | None) -> MappingNode:
-    """The mapping that a file holds. Raises UserError for one that is missing, not text, not YAML, or no mapping."""
+def parse_file(file: str | None, otherwise: str = "") -> MappingNode:
+    """The mapping that a file holds. Raises UserError for one that is missing (and says what to do `otherwise`), not
+    text, not YAML, or no mapping."""
     if file is None:
         return empty_mapping(COMMAND_LINE)
     try:
         node = parse_yaml(Path(file).read_text(encoding="utf-8"), file)
     except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file; name a YAML file, or give --model and --data") from error
+        raise UserError(f"{file}: no such file; name a YAML file{otherwise}") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{file}: is a folder; name a YAML file, such as {file.rstrip('/')}/config.yaml") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read as text ({error})") from error
     except yaml.MarkedYAMLError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from yaml.nodes import Node, ScalarNode
 
-from graftlm.arguments import parameter_count
+from graftlm.arguments import parameter_count, percent
 from graftlm.yaml_nodes import is_null
 
 
@@ -60,4 +60,5 @@ def scalar(node: Node, kind: Any) -> Any:
             return number
         if kind is int and number.is_integer():  # 1e6
             return int(number)
-    raise NotAllowed("a whole number" if kind is int else "a number")
+    hint = percent(node.value) if kind is float and isinstance(node, ScalarNode) else ""
+    raise NotAllowed("a whole number" if kind is int else f"a number ({node.value} {hint})" if hint else "a number")

@@ -77,7 +77,9 @@ def print_plan(
 ) -> None:
     """List runs: title, seconds that it took (None: to be run), seconds that it is guessed to take (None: unknown).
     later: of runs that cannot be named yet."""
-    table = Table("run", "state", "about", header_style="bold")
+    table = Table(header_style="bold")
+    for name in ("run", "state", "about"):
+        table.add_column(name, overflow="fold")
     left: list[float | None] = []
     for title, taken, guess in cells:
         if taken is None:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from graftlm.environment import usable_processors
 from graftlm.errors import UserError
 from graftlm.evaluation import contained
+from graftlm.progress import update_interval
 
 SECONDS = 10
 """Of processor time, and twice as many by the clock, for on a busy machine a program gets only a part of it."""
@@ -71,7 +72,13 @@ def judge(programs: Sequence[str], *, progress: bool = False, workers: int | Non
     """`passes` of many programs, several at a time (`workers`; None: one a processor)."""
     with (
         ThreadPoolExecutor(workers or usable_processors()) as pool,
-        tqdm(total=len(programs), unit=" programs", desc="running", disable=not progress) as bar,
+        tqdm(
+            total=len(programs),
+            unit=" programs",
+            desc="running",
+            disable=not progress,
+            mininterval=update_interval(),
+        ) as bar,
     ):
         verdicts = []
         for verdict in pool.map(passes, programs):

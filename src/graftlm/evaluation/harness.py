@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from graftlm.errors import UserError
 from graftlm.evaluation.request_cache import RequestCache
 from graftlm.models import check_vocabulary, context_of, quiet_loggers, quiet_transformers
+from graftlm.progress import update_interval
 
 
 class HarnessModel(HFLM):
@@ -141,7 +142,10 @@ class HarnessModel(HFLM):
     @contextlib.contextmanager
     def _progress(self, what: str, unit: str, total: int, done: int = 0) -> Iterator[None]:
         shown = self.show_progress
-        with tqdm(total=total, initial=done, unit=f" {unit}", desc=what, disable=not shown) as self._bar:
+        often = update_interval()
+        with tqdm(
+            total=total, initial=done, unit=f" {unit}", desc=what, disable=not shown, mininterval=often
+        ) as self._bar:
             try:
                 yield
             finally:

@@ -63,6 +63,8 @@ def export(args: argparse.Namespace) -> None:
         raise UserError(
             f"export: --quantize is for --format gguf; --format {args.format} keeps the weights as they are"
         )
+    if args.format != "gguf" and args.check:
+        raise UserError(f"export: --check runs a GGUF file; --format {args.format} writes none")
     if args.format == "gguf":
         _gguf(args)
     else:

@@ -22,7 +22,7 @@ from graftlm.training.data.sources import HUB_PREFIX, source_bytes
 POOL = 2**16
 """Sequences to draw from at most, spread evenly over the data."""
 POOL_TOKENS = 2**24
-"""Tokens of them that are held in memory at most."""
+"""Tokens that are held in memory at most, where data are not read whole."""
 LARGE = 2**30
 """Bytes of a source above which, as of one on the Hub, it is not read whole."""
 HELD_OUT, HELD_OUT_SHARE = 64, 1 / 8
@@ -76,8 +76,8 @@ def calibration_from(
     which the shorter ones are left out.
 
     data: None: the text that `graftlm demo` trains on, and a note says so.
-    streaming: no more is read than the first POOL sequences; so too of large data without `held_back`, and a note says
-    so.
+    streaming: no more is read than the first POOL sequences, as many of each source as its weight asks for; so too of
+    large data without `held_back`. A note says so.
     task: as a run reads the data.
     held_back: a run on the same data, what it holds out of which is left out.
 
@@ -86,14 +86,13 @@ def calibration_from(
     notes: tuple[str, ...] = ()
     # What a run holds back of few documents, only reading all of them tells; it has done so already.
     large = not streaming and held_back is None and is_large(data or ())
-    if large:
-        notes = (f"data on the Hub or above {LARGE >> 30} GiB: only its first {POOL:,} sequences are drawn from",)
     if not data:
         data = demo_config(Path("unused")).data
         notes = (
             "no --data: measured on the demo's text, the source of Python's library; name text that you care about",
         )
-    length = settings.sample_length
+    samples, length = settings.samples, settings.sample_length
+    assert samples is not None  # of a default or a preset
     # Not packed: a sequence is of one document. Every token counts, so a piece of a conversation needs no answer.
     fraction, most = (held_back.eval_fraction, held_back.eval_max_blocks) if held_back else (0.0, 1)
     pieces = -(-held_back.max_length // length) if held_back else 1  # in a block of the run
@@ -111,37 +110,40 @@ def calibration_from(
         streaming=streaming,
         max_steps=1,  # unused; a stream has no length
     )
-    if large:
+    pool = min(POOL, max(len(data), POOL_TOKENS // length))
+    if large or streaming:
         # Each source for itself: a mixture ends with its shortest.
-        parts = [dataclasses.replace(config, data=(source,), streaming=True) for source in config.data]
-        sequences: Any = [item for part in parts for item in _first(part, tokenizer, POOL // len(parts))]
+        weights = [1.0 if source.weight is None else source.weight for source in config.data]
+        sequences: Any = []
+        for source, weight in zip(config.data, weights, strict=True):
+            alone = dataclasses.replace(config, data=(dataclasses.replace(source, weight=None),), streaming=True)
+            sequences += _first(alone, tokenizer, max(1, round(pool * weight / sum(weights))))
+        why = "data are streamed" if streaming else f"data on the Hub or above {LARGE >> 30} GiB"
+        notes = (*notes, f"{why}: only the first {len(sequences):,} sequences are drawn from")
     else:
         prepared = prepare_data(config, tokenizer, progress=progress)
         sequences = prepared.train
-        if streaming:
-            sequences = list(itertools.islice(sequences.one_pass(), POOL))
-        elif fraction:
+        if fraction:
             sequences.index = _clear_of(prepared.evaluation, sequences, pieces)
     there = len(sequences)
     candidates = np.arange(there) if there <= POOL else np.linspace(0, there - 1, POOL).round().astype(np.int64)
     whole = np.array([n for n in candidates if len(sequences[int(n)]["input_ids"]) == length], np.int64)
-    if len(whole) < settings.samples:
+    if len(whole) < samples:
         names = ", ".join(source.path for source in data)
         tokens = sum(len(sequences[n]["input_ids"]) for n in range(there))
         raise UserError(
             f"prune: {names}: {len(whole)} sequences of {length} tokens ({tokens:,} tokens in all, shorter documents "
-            f"left out), and an iteration needs {settings.samples}; give more text, or smaller samples or sample_length"
+            f"left out), and an iteration needs {samples}; give more text, or smaller samples or sample_length"
         )
-    held = min(HELD_OUT, int(len(whole) * HELD_OUT_SHARE), len(whole) - settings.samples)
+    held = min(HELD_OUT, int(len(whole) * HELD_OUT_SHARE), len(whole) - samples)
     numbers = np.arange(len(whole))
     back = numbers[[i * len(whole) // held for i in range(held)]] if held else numbers[:0]
     numbers = np.setdiff1d(numbers, back)
-    return TextCalibration(sequences, whole[numbers], whole[back], settings.samples, length, settings.seed, notes)
+    return TextCalibration(sequences, whole[numbers], whole[back], samples, length, settings.seed, notes)
 
 
 def _first(config: RunConfig, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, Any]]:
-    """The first `count` sequences of a stream, or as many as POOL_TOKENS allows."""
-    count = min(count, max(1, POOL_TOKENS // config.max_length))
+    """The first `count` sequences of a stream."""
     train: Any = prepare_data(config, tokenizer).train
     return list(itertools.islice(train.one_pass(), count))
 

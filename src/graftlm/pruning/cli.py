@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from graftlm.arguments import parameters
+from graftlm.arguments import not_negative, parameters, positive, share, whole
 from graftlm.export import verb as exporting
 from graftlm.pruning import verbs
 from graftlm.pruning.settings import METHODS, PRESETS, HeadsBy, Rule, Similarity
@@ -37,7 +37,7 @@ def _prune(verb: Verb, model_help: str) -> None:
     parser.add_argument("settings", nargs="*", metavar="[key=value ...]", help=words)
     size = parser.add_argument_group("how much (one of the two)")
     size.add_argument(
-        "--sparsity", type=float, metavar="S", help="share of the parameters of heads and channels that goes, e.g. 0.2"
+        "--sparsity", type=share, metavar="S", help="share of the parameters of heads and channels that goes, e.g. 0.2"
     )
     size.add_argument(
         "--target-parameters",
@@ -60,24 +60,31 @@ def _prune(verb: Verb, model_help: str) -> None:
         action=argparse.BooleanOptionalAction,
         help="every layer loses the same, which a stock class can mostly hold (default: as the method does)",
     )
-    parser.add_argument("--iterations", type=int, metavar="T", help="steps (default: as the method does; adapt 50)")
+    parser.add_argument(
+        "--iterations", type=positive, metavar="T", help="steps (default: as the method does; adapt 50)"
+    )
     parser.add_argument(
         "--heads-by", choices=get_args(HeadsBy), help="loss: rank key-value groups by the loss without each, measured"
     )
-    parser.add_argument("--samples", type=int, metavar="N", help="calibration sequences an iteration (default 10)")
-    parser.add_argument("--sample-length", type=int, metavar="L", help="tokens a calibration sequence (default 64)")
+    parser.add_argument("--samples", type=positive, metavar="N", help="calibration sequences an iteration (default 10)")
+    parser.add_argument(
+        "--sample-length", type=positive, metavar="L", help="tokens a calibration sequence (default 64)"
+    )
     parser.add_argument(
         "--preset",
         choices=PRESETS,
         help="authors-code: 512 calibration sequences; at-once: one step, 64 sequences, A = 1, heads by loss",
     )
     parser.add_argument(
-        "--width-multiple", type=int, metavar="N", help="channels of a layer are a multiple of N (GGUF Q8_0: 32)"
+        "--width-multiple", type=positive, metavar="N", help="channels of a layer are a multiple of N (GGUF Q8_0: 32)"
     )
-    parser.add_argument("--min-groups", type=int, metavar="N", help="key-value groups a layer keeps (default 1)")
-    parser.add_argument("--min-channels", type=int, metavar="N", help="channels a layer keeps (default 1)")
+    parser.add_argument("--min-groups", type=whole, metavar="N", help="key-value groups a layer keeps (default 1)")
+    parser.add_argument("--min-channels", type=whole, metavar="N", help="channels a layer keeps (default 1)")
     parser.add_argument(
-        "--amplitude", type=float, metavar="A", help="how far layers' importance moves their sparsity (default 0.02)"
+        "--amplitude",
+        type=not_negative,
+        metavar="A",
+        help="how far layers' importance moves their sparsity (default 0.02)",
     )
     parser.add_argument("--rule", choices=get_args(Rule), help="of the layers' sparsity (default cumulative)")
     parser.add_argument(
@@ -90,7 +97,7 @@ def _prune(verb: Verb, model_help: str) -> None:
         const=False,
         help="a layer keeps int(n (1 - s)), whatever the sum (slicegpt: of the hidden size, shortgpt: of the layers)",
     )
-    parser.add_argument("--seed", type=int, metavar="S", help="of the calibration sequences (default 0)")
+    parser.add_argument("--seed", type=whole, metavar="S", help="of the calibration sequences (default 0)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="the weights' (default float32)"
     )

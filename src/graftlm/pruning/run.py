@@ -175,7 +175,9 @@ def _print(
 def _table(pruned: Pruned, layers: list[int]) -> Table:
     """What is left of ranges of layers, of about the same length."""
     now = layer_parameters(pruned.model)
-    table = Table("layers", "key-value groups", "channels", "parameters", "of before", header_style="bold")
+    table = Table(header_style="bold")
+    for name in ("layers", "key-value groups", "channels", "parameters", "of before"):
+        table.add_column(name, overflow="fold")
     if len(now) != len(layers) or not pruned.shapes:  # whole layers went
         table.add_row(f"{len(layers)} -> {len(now)}", "", "", f"{sum(now):,}", f"{sum(now) / sum(layers):.1%}")
         return table

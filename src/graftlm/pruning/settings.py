@@ -46,7 +46,8 @@ class PruneSettings:
     """Every layer keeps the same number of components, or all it has where that is less; None: as the method does."""
     least_parameters: tuple[int, ...] = ()
     """Parameters that heads, and that channels keep at least, as far as the size allows: what a later pruning is to
-    leave of each (a shrink sees to that itself). Methods that remove components of both heed it."""
+    leave of each (a shrink sees to that itself). Methods that remove components of both heed it,
+    but for flap, which ranks both together."""
     iterations: int | None = None
     """Steps T in which it is done, importance measured anew in each; None: as the method does (adapt: 50)."""
     amplitude: float | None = None
@@ -59,8 +60,8 @@ class PruneSettings:
     """Which key-value groups of a layer go: method ranks them like channels; loss measures the loss without each, in a
     forward pass a group and iteration (on as many of the sequences as one pass takes: 640 tokens, at least one). None:
     the preset's, or method."""
-    samples: int = 0
-    """Calibration sequences an iteration, drawn anew each time; 0: the preset's, 10 without (512 in the paper)."""
+    samples: int | None = None
+    """Calibration sequences an iteration, drawn anew each time; None: the preset's, 10 without (512 in the paper)."""
     sample_length: int = 64
     """Tokens a calibration sequence."""
     width_multiple: int = 1

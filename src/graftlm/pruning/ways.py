@@ -68,6 +68,7 @@ def draws(settings: PruneSettings) -> int:
 
 def sequences_seen(settings: PruneSettings) -> int:
     """Calibration sequences that the method looks at, in all of its steps; one that is drawn again counts again."""
+    assert settings.samples is not None  # of a default or a preset
     each = settings.samples
     if not WAYS[settings.method].calibrated and not layers_differ(settings):  # heads_by: loss, on one pass's
         each = min(each, max(1, TOKENS_A_PASS // settings.sample_length))

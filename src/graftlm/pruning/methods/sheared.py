@@ -76,7 +76,7 @@ def learn_masks(
     generator = torch.Generator(device).manual_seed(settings.seed)
     gates = {b.name: nn.Parameter(torch.full((b.components,), OPEN, device=device)) for b in blocks}
     with torch.no_grad():
-        for gate in gates.values():  # equal gates would have no order
+        for gate in gates.values():  # as theirs begin; the bound makes them equal, and their noise tells them apart
             gate.add_(torch.randn(gate.shape, generator=generator, device=device), alpha=1e-2).clamp_(-LARGEST, LARGEST)
     by_kind: dict[str, list[str]] = {}
     for block in blocks:

@@ -42,7 +42,7 @@ def prune(
         block.name: torch.arange(block.components if block.layer in stay else 0) for block in prunable_blocks(model)
     }
     gone = [i for i in range(len(sizes)) if i not in stay]
-    note = f"shortgpt: layers {', '.join(map(str, gone)) or 'none'} of {len(sizes)} went (from 0)"
+    note = f"shortgpt: {len(gone)} of {len(sizes)} layers went: {', '.join(map(str, gone)) or 'none'} (counted from 0)"
     if count is None:
         note += f"; a layer is {max(sizes):,} parameters, so the model is {wanted - left:,} below what was asked for"
     model = keep_layers(model, ids)

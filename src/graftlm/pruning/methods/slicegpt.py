@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 from graftlm.activations import MODEL_INPUTS, no_logits
 from graftlm.anatomy import SLICED, decoder_layers, linear
 from graftlm.errors import UserError
+from graftlm.modes import evaluating
 from graftlm.parts import count_parameters
 from graftlm.pruning.base import Batch, Calibration, Pruned, PruneStep
 from graftlm.pruning.one_step import Before, kept_as_published, pruned_from
@@ -55,7 +56,8 @@ def prune(
     wide = folded(model)
     size = wide.config.hidden_size
     width = kept_as_published(size, settings) or _width(wide.config, wanted)
-    absorb_rotations(wide, batches, width)
+    with evaluating(wide):
+        absorb_rotations(wide, batches, width)
     sliced = rebuilt(wide, _sliced_config(wide.config, width), lambda _, tensor: tensor)
     more = parameters_at(sliced.config, width + 1) - count_parameters(sliced)
     notes = [
@@ -214,7 +216,6 @@ def _first_inputs(
         given[-1].append(kwargs)
 
     handles = [layer.register_forward_pre_hook(partial(before, i), with_kwargs=True) for i, layer in enumerate(layers)]
-    model.eval()
     for batch in batches:
         given.append([])
         inputs = {key: value.to(device) for key, value in batch.items() if key in MODEL_INPUTS}

@@ -172,8 +172,9 @@ def _resolved(settings: ShrinkConfig, name: str) -> Shrink:
     return Shrink(settings, _training(settings, name), _pruning(settings, name))
 
 
-def _layers(base: Mapping[str, Any], node: Node | None, name: str, kind: type[Any]) -> Any:
-    return config_from_layers(node_of(base, name), *([node] if node is not None else []), kind=kind)
+def _layers(base: Mapping[str, Any], section: str, node: Node | None, name: str, kind: type[Any]) -> Any:
+    layers = [node] if node is not None else []
+    return config_from_layers(node_of(base, name), *layers, kind=kind, section=section)
 
 
 def _pruning(settings: ShrinkConfig, name: str) -> PruneSettings:
@@ -182,7 +183,7 @@ def _pruning(settings: ShrinkConfig, name: str) -> PruneSettings:
         where = place_of(node, "exact")
         raise UserError(f"{where}prune.exact: every phase has a number of parameters to meet; leave it out")
     size = {"sparsity": settings.sparsity, "target_parameters": settings.target_parameters}
-    found: PruneSettings = _layers(size, node, name, PruneSettings)
+    found: PruneSettings = _layers(size, "prune", node, name, PruneSettings)
     return found
 
 
@@ -193,7 +194,7 @@ def _training(settings: ShrinkConfig, name: str) -> RunConfig:
         top["distillation"] = {**plain["distillation"], "teacher": settings.model if teacher == ORIGINAL else teacher}
     top["method"] = "apex" if settings.recovery == "apex" else "full"
     top["max_steps"] = settings.max_steps or 1  # where tokens are given: until the size of a step is known
-    run: RunConfig = _layers({**top, **DEFAULTS}, settings.train, name, RunConfig)
+    run: RunConfig = _layers({**top, **DEFAULTS}, "train", settings.train, name, RunConfig)
     for key in ("stage_learning_rates", "rewarmup_ratio"):
         if settings.recovery == "apex" and getattr(run.apex, key):
             where = place_of(settings.train, f"apex.{key}") if settings.train is not None else ""

@@ -78,6 +78,7 @@ def _tokens_seen(pruning: PruneSettings, shapes: Sequence[Mapping[str, Any]]) ->
     seen: float = sequences_seen(pruning) * pruning.sample_length
     if pruning.heads_by == "loss":  # forward passes, a third of a step of training, on a pass's tokens
         groups = sum(shape["num_key_value_heads"] for shape in shapes)
+        assert pruning.samples is not None  # of a default or a preset
         tokens = pruning.samples * pruning.sample_length
         seen += iterations_of(pruning) * groups * min(tokens, max(TOKENS_A_PASS, pruning.sample_length)) / 3
     return seen

@@ -101,6 +101,7 @@ def prune_phase(
             held_back=None if run.eval_data else run,
         )
         pruned = prune(model, settings, calibration, heard)
+        pruned = dataclasses.replace(pruned, notes=(*calibration.notes, *notes_on(pruned)))
         model = pruned.model
     slices = _slices(name, how, pruned, model, shapes) if before and shrink.settings.keep_moments else {}
     loss_after = losses.of(model) if pruned else loss_before
@@ -116,7 +117,7 @@ def prune_phase(
         "shapes": [shape.overrides() for shape in shapes_of(model)],
         "layer_importance": [step.layer_importance for step in pruned.steps] if pruned else [],
         "calibration_tokens": sequences_seen(settings) * settings.sample_length if pruned else 0,
-        "notes": list(notes_on(pruned)) if pruned else [],
+        "notes": list(pruned.notes) if pruned else [],
     }
     with atomic_folder(folder.pruned) as temporary:
         save_pruned(pruned or model, tokenizer, temporary)

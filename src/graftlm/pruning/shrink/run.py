@@ -124,7 +124,7 @@ def _check_moments(task: Shrink) -> None:
             f"keep_moments: {prune.method} changes more of a model than taking components out, so moments cannot "
             f"survive it; set keep_moments: false{mend}"
         )
-    if "adafactor" in optim or "8bit" in optim or "galore" in optim or "lomo" in optim:
+    if any(name in optim for name in ("adafactor", "8bit", "galore", "lomo", "ademamix")):
         raise UserError(
             f"keep_moments: the state of optim: {optim} cannot be cut; set train.optim: adamw_torch, or keep_moments: "
             "false"
