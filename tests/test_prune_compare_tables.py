@@ -18,6 +18,7 @@ from graftlm.comparing.pruning.report import headline
 from graftlm.comparing.pruning.summary import paired_ratios, summarise
 from graftlm.comparing.pruning.tables import csv_text, tables
 from graftlm.comparing.results import Results
+from graftlm.comparing.summary import tasks_average
 from graftlm.comparing.tables import latex_of
 from graftlm.files import write_json
 
@@ -143,12 +144,38 @@ def test_models_that_are_the_same_in_every_trial_have_no_interval(tmp_path):
     assert headline(few).endswith("(too few for an interval)")
 
 
-def test_perplexities_are_in_no_average_of_scores(tmp_path):
+def test_scores_are_averaged_by_trial_and_compared_with_the_controls(tmp_path):
+    """Perplexities are in no average, nor is a trial that lacks a task."""
+
+    def scored(seed, *scores, perplexity=400.0):
+        names = ("arc_easy", "piqa", "winogrande")
+        found = {name: {"acc": score, "main_metric": "acc"} for name, score in zip(names, scores, strict=False)}
+        found["wikitext"] = {"word_perplexity": perplexity, "main_metric": "word_perplexity"}
+        return {"settings": {"seed": seed}, "tasks": {"results": found}}
+
+    own = {0: scored(0, 0.5, 0.7, 0.3), 1: scored(1, 0.4, 0.7, 0.4), 2: scored(2, 0.6, 0.6, 0.6), 3: scored(3, 0.9)}
+    other = {
+        0: scored(0, 0.4, 0.6, 0.2),
+        1: scored(1, 0.4, 0.7, 0.1),
+        2: scored(2, 0.3, 0.6, 0.6),
+        4: scored(4, 0, 0, 0),
+    }
+    found = tasks_average(own, other)
+    assert found["by_seed"] == {"0": pytest.approx(0.5), "1": pytest.approx(0.5), "2": pytest.approx(0.6)}
+    assert found["mean"] == pytest.approx(1.6 / 3)
+    assert found["difference"]["by_seed"] == {str(seed): pytest.approx(0.1) for seed in range(3)}
+    assert tasks_average(own, {})["difference"] is None
+    assert tasks_average({0: scored(0, 0.5)}, {}) == tasks_average({}, other) == {}
+
     summary = finished(write_comparison(tmp_path, seeds=[0], sparsities=[0.2]), lambda cell: 20.0)
     for row in [*summary["rows"], summary["original"]]:
         row["tasks"]["wikitext"] = {"metric": "word_perplexity", "mean": 400.0}
+        row["tasks_average"] = found
+    summary["rows"][0]["tasks"] = {}  # not measured: no row
     table = next(table for table in tables(summary) if table.title == "Tasks")
-    assert {row[-1] for row in table.rows} == {"0.5000"} and "of perplexities lower" in table.note
+    assert table.header[-2:] == ("average", "minus control") and "of perplexities lower" in table.note
+    assert len(table.rows) == len(summary["rows"])
+    assert {row[-2] for row in table.rows} == {"0.5333"} and table.rows[0][-1].startswith("+0.10000")
 
 
 def test_texts_of_one_stem_have_a_plot_each(tmp_path):

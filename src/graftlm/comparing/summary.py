@@ -145,6 +145,7 @@ def _arm(
         },
         "curve": _mean_curve(list(own.values())),
         "tasks": task_scores(own, runs[arm.matched] if arm.matched else {}, copies=copies),
+        "tasks_average": tasks_average(own, runs[arm.matched] if arm.matched else {}, copies=copies),
     }
     if len(arm.learning_rates) > 1 and rate in (min(arm.learning_rates), max(arm.learning_rates)):
         notes.append(f"{arm.name}: the chosen learning rate {rate:g} is at the end of those tried; try further ones")
@@ -305,6 +306,21 @@ def task_scores(own: Mapping[int, Record], other: Mapping[int, Record], *, copie
         gaps = paired_differences(mine, theirs, copies=copies)
         found[name] = {"metric": metric, **(mean_by_seed(mine) or {}), "difference": gaps}
     return found
+
+
+def tasks_average(own: Mapping[int, Record], other: Mapping[int, Record], *, copies: bool = False) -> dict[str, Any]:
+    """The mean over tasks (perplexities left out), by seed: its mean over seeds and paired difference, of the seeds
+    that have a score in every task. Empty where none has, or where there is one task alone."""
+    mine, theirs = (_averages(task_scores(some, {})) for some in (own, other))
+    return {**(mean_by_seed(mine) or {}), "difference": paired_differences(mine, theirs, copies=copies)} if mine else {}
+
+
+def _averages(scores: Mapping[str, Any]) -> dict[int, float]:
+    averaged = [one.get("by_seed", {}) for one in scores.values() if "perplexity" not in one["metric"]]
+    if len(averaged) < 2:
+        return {}
+    seeds = set.intersection(*(set(by_seed) for by_seed in averaged))
+    return {int(seed): statistics.fmean(one[seed] for one in averaged) for seed in sorted(seeds, key=int)}
 
 
 def _metric(values: Mapping[str, Any]) -> str:

@@ -147,28 +147,40 @@ def _time_ratio(found: Mapping[str, Any] | None) -> str:
     return f"{found['median']:.2f} ×{between}"
 
 
+def average_cells(row: Row) -> tuple[str, str]:
+    """The average over tasks of a row (summary.tasks_average), and what it is above the control's."""
+    found = row.get("tasks_average") or {}
+    return figures.loss(found.get("mean")), _above(found.get("difference"))
+
+
+def _above(gap: Mapping[str, Any] | None) -> str:
+    if not gap:
+        return ""
+    return signed(gap["mean"]) + (f" ({interval(gap['t_interval'])})" if gap.get("t_interval") else "")
+
+
 def _tasks(arms: Sequence[Row]) -> Table:
     names = list(dict.fromkeys(name for arm in arms for name in arm["tasks"]))
     header = ["arm"]
     for name in names:
         metric = next(arm["tasks"][name]["metric"] for arm in arms if name in arm["tasks"])
         header += [f"{name} ({metric})", "minus control"]
+    header += ["average", "minus control"]
     rows = []
     for arm in arms:
         row = [arm["name"]]
         for name in names:
             found = arm["tasks"].get(name, {})
-            gap = found.get("difference") or {}
-            between = f" ({interval(gap['t_interval'])})" if gap.get("t_interval") else ""
-            row += [figures.loss(found.get("mean")), f"{signed(gap['mean'])}{between}" if gap else ""]
-        rows.append(tuple(row))
-    return Table(
+            row += [figures.loss(found.get("mean")), _above(found.get("difference"))]
+        rows.append((*row, *average_cells(arm)))
+    table = Table(
         "Tasks",
         tuple(header),
         tuple(rows),
         "higher is better, of perplexities lower; 95% t intervals over seeds, paired: which questions were asked is "
         f"not in them, and {len(names) * sum(arm['matched'] is not None for arm in arms)} are looked at",
     )
+    return without_empty(table)
 
 
 def _rates(arms: Sequence[Row]) -> Table:

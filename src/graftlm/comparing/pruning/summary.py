@@ -19,6 +19,7 @@ from graftlm.comparing.summary import (
     mean_by_seed,
     paired_differences,
     task_scores,
+    tasks_average,
     versions,
 )
 from graftlm.reporting import figures
@@ -122,6 +123,7 @@ def _row(
         "components_gone": _components_gone(own),
         "shapes": shapes,
         "tasks": task_scores(own, other, copies=copies),
+        "tasks_average": tasks_average(own, other, copies=copies),
     }
 
 
@@ -187,8 +189,12 @@ def _components_gone(own: Mapping[int, Record]) -> dict[str, Any]:
 def _original(record: Record | None) -> dict[str, Any] | None:
     if record is None:
         return None
-    scores = task_scores({0: record}, {})
-    return {"perplexity": record["perplexity"], "tasks": scores, "seconds": record["wall_seconds"]}
+    return {
+        "perplexity": record["perplexity"],
+        "tasks": task_scores({0: record}, {}),
+        "tasks_average": tasks_average({0: record}, {}),
+        "seconds": record["wall_seconds"],
+    }
 
 
 def _measured(records: list[Record]) -> str:

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from graftlm.comparing.tables import Table, without_empty
+from graftlm.comparing.tables import Table, average_cells, without_empty
 from graftlm.reporting import figures
 
 Row = dict[str, Any]
@@ -118,27 +118,21 @@ def _tasks(summary: dict[str, Any]) -> Table:
     rows = summary["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
     metric = {name: next(row["tasks"][name]["metric"] for row in rows if name in row["tasks"]) for name in names}
-    averaged = ["perplexity" not in metric[name] for name in names]
     made = []
-    if original := summary["original"]:
-        scores = [original["tasks"].get(name, {}).get("mean") for name in names]
-        made.append(("", "original", *map(figures.loss, scores), figures.loss(_average(scores, averaged))))
-    for row in rows:
-        scores = [row["tasks"].get(name, {}).get("mean") for name in names]
-        made.append((row["size"], row["name"], *map(figures.loss, scores), figures.loss(_average(scores, averaged))))
-    return Table(
+    for size, name, row in (("", "original", summary["original"]), *((row["size"], row["name"], row) for row in rows)):
+        if row is not None and row["tasks"]:
+            scores = [row["tasks"].get(task, {}).get("mean") for task in names]
+            made.append((size, name, *map(figures.loss, scores), *average_cells(row)))
+    perplexities = any("perplexity" in metric[name] for name in names)
+    table = Table(
         "Tasks",
-        ("size", "variant", *(f"{name} ({metric[name]})" for name in names), "average"),
+        ("size", "variant", *(f"{name} ({metric[name]})" for name in names), "average", "minus control"),
         tuple(made),
         "means over trials; higher is better"
-        + ("" if all(averaged) else ", of perplexities lower: no average has them"),
+        + (", of perplexities lower: no average has them" if perplexities else "")
+        + "; 95% t intervals over trials, paired: which questions were asked is not in them",
     )
-
-
-def _average(scores: Sequence[Any], averaged: Sequence[bool]) -> float | None:
-    """Of those that are averaged; None where one is missing."""
-    kept = [score for score, one in zip(scores, averaged, strict=True) if one]
-    return sum(kept) / len(kept) if kept and all(map(figures.is_number, kept)) else None
+    return without_empty(table)
 
 
 def _of(row: Row, key: str) -> Any:
