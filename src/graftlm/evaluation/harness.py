@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftlm.errors import UserError
 from graftlm.evaluation.request_cache import RequestCache
-from graftlm.models import check_vocabulary, context_of, quiet_loggers, quiet_transformers
+from graftlm.models import check_vocabulary, context_of
 from graftlm.progress import update_interval
+from graftlm.quiet import quiet_loggers, quiet_transformers
 
 
 class HarnessModel(HFLM):

@@ -186,10 +186,11 @@ def _load(name: str, trust_remote_code: bool) -> Any:
     """The model in the number format that its weights are stored in, so that it takes no more memory than they do."""
     from transformers import PretrainedConfig
 
-    from graftlm.models import PACKAGED, TINY, load_model, quiet_transformers
+    from graftlm.models import BUILT_IN, load_model
+    from graftlm.quiet import quiet_transformers
 
     dtype = None
-    if name not in (TINY, *PACKAGED) and not name.endswith(".gguf"):
+    if name not in BUILT_IN and not name.endswith(".gguf"):
         with contextlib.suppress(OSError, ValueError), quiet_transformers():  # load_model says what is wrong
             stored: dict[str, Any] = PretrainedConfig.get_config_dict(name)[0]
             dtype = stored.get("dtype") or stored.get("torch_dtype")

@@ -33,7 +33,7 @@ from graftlm.checkpointing import (
 )
 from graftlm.errors import UserError
 from graftlm.files import atomic_folder, read_json, write_json
-from graftlm.models import quiet_transformers
+from graftlm.quiet import quiet_transformers
 from graftlm.sharding import is_sharded
 from graftlm.training.distributed import gathered, is_main, rank, world_size
 

@@ -16,8 +16,8 @@ from graftlm.files import remove_folder
 from graftlm.held_out import mean_loss
 from graftlm.methods.base import Method
 from graftlm.methods.sparse_settings import ReweightingSettings
-from graftlm.models import quiet_transformers
 from graftlm.movement import rate_multipliers, stage_movement
+from graftlm.quiet import quiet_transformers
 from graftlm.sharding import is_sharded
 from graftlm.training.checkpoints import (
     STATE_FILE,
