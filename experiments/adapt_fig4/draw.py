@@ -1,6 +1,6 @@
 """Word perplexity by the number of turns: each trial a point, each kind of training a line through the geometric means.
 
-graftlm compare experiments/adapt_fig4/config.yaml ...      # as its first lines say; leaves runs/adapt_fig4/comparison.json
+graftlm compare experiments/adapt_fig4/config.yaml ...  # as its first lines say; leaves runs/adapt_fig4/comparison.json
 python experiments/adapt_fig4/draw.py runs/adapt_fig4/comparison.json experiments/adapt_fig4/turns.png
 """
 
@@ -18,7 +18,7 @@ def main() -> None:
     comparison, out = map(Path, sys.argv[1:])
     found: dict[str, dict[int, list[float]]] = {label: {} for label in KINDS.values()}
     for row in read_json(comparison)["rows"]:
-        (measured,) = (one["word"] for one in row.get("perplexity", {}).values()) or [None]
+        (measured,) = (one["word"] for one in row["perplexity"].values())
         turns, _, kind = row["name"].partition(", ")
         if measured:
             count = 1 if turns == "at once" else int(turns.removesuffix(" turns"))
