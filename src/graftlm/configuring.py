@@ -345,23 +345,26 @@ def all_keys() -> dict[str, str]:
     return keys | {f"{source}.{name}": name for source in SOURCE_KEYS for name in get_type_hints(SourceConfig)}
 
 
-def keys_of(kind: type[Any], section: str = "") -> dict[str, str]:
+def _keys_of(kind: type[Any], section: str = "") -> dict[str, str]:
     """Keys of a config class, as all_keys; of a run's classes, all that a run has."""
-    of_a_run = kind in (RunConfig, SourceConfig, *get_type_hints(RunConfig).values())
-    found = all_keys() if of_a_run else {name: name for name in get_type_hints(kind)}
+    found = all_keys() if _of_a_run(kind) else {name: name for name in get_type_hints(kind)}
     return {_dotted(section, dotted): alone for dotted, alone in found.items()}
+
+
+def _of_a_run(kind: type[Any]) -> bool:
+    """Whether a config class is a run's, or that of a part of one."""
+    return kind in (RunConfig, SourceConfig, *get_type_hints(RunConfig).values())
 
 
 def _nearest(key: str, name: str, kind: Any) -> str:
     """` (did you mean X?)`: that very key of another level, a near one of the same level, or any near one."""
     name = _SYNONYMS.get(name, name)
-    hints = get_type_hints(RunConfig)
-    of_a_run = kind in (RunConfig, SourceConfig, *hints.values())
-    own = keys_of(kind, section_of(key) if of_a_run else key)
+    of_a_run = _of_a_run(kind)
+    own = _keys_of(kind, section_of(key) if of_a_run else key)
     keys = dict(own)
     for section, inner in SECTIONS.get(kind.__name__, {}).items():
         # A shrink's train.method follows from its recovery.
-        keys |= {k: alone for k, alone in keys_of(inner, section).items() if k != "train.method"}
+        keys |= {k: alone for k, alone in _keys_of(inner, section).items() if k != "train.method"}
     same_level = {dotted: alone for dotted, alone in keys.items() if dotted == _dotted(key, alone)}
     for pool, cutoff in ((keys, 1.0), (same_level, 0.75), (keys, 0.75), (same_level, 0.6), (keys, 0.6)):
         close = difflib.get_close_matches(name, list(pool.values()), n=1, cutoff=cutoff)

@@ -1,5 +1,6 @@
 """What a user should know of a pruning that its method does not say: settings without effect, a class of one's own."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 from graftlm.anatomy import is_per_layer
@@ -9,9 +10,9 @@ from graftlm.pruning.shapes import head_dim_of, names_head_dim
 from graftlm.pruning.ways import WAYS, is_uniform, layers_differ
 
 
-def notes_on(pruned: Pruned) -> tuple[str, ...]:
-    """Of what came out, beside what its method says."""
-    model, notes = pruned.model, list(pruned.notes)
+def notes_on(pruned: Pruned, of_data: Sequence[str] = ()) -> tuple[str, ...]:
+    """Of what came out, beside what its method says; first what is known of the data (TextCalibration.notes)."""
+    model, notes = pruned.model, [*of_data, *pruned.notes]
     shape = pruned.shapes[0] if len(set(pruned.shapes)) == 1 else None
     if shape is not None and not shape.output_biases and is_per_layer(model.config):
         config = model.config.get_text_config()

@@ -81,7 +81,7 @@ def run_prune(
     with _Bar(settings.method, progress) as bar:
         pruned = prune(model, settings, calibration, bar.step)
     after = _loss(pruned.model, calibration)
-    pruned = replace(pruned, notes=(*calibration.notes, *notes_on(pruned)))
+    pruned = replace(pruned, notes=notes_on(pruned, calibration.notes))
     where = ", ".join(source.path for source in sources) if data else "the demo's text"
     measured = {
         "held_out_sequences": len(calibration.held_back),

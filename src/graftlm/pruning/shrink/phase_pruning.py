@@ -101,7 +101,7 @@ def prune_phase(
             held_back=None if run.eval_data else run,
         )
         pruned = prune(model, settings, calibration, heard)
-        pruned = dataclasses.replace(pruned, notes=(*calibration.notes, *notes_on(pruned)))
+        pruned = dataclasses.replace(pruned, notes=notes_on(pruned, calibration.notes))
         model = pruned.model
     slices = _slices(name, how, pruned, model, shapes) if before and shrink.settings.keep_moments else {}
     loss_after = losses.of(model) if pruned else loss_before
